@@ -1,0 +1,26 @@
+"""RunningMean: every weight counts the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dgavg.averaging.average import WeightAverage
+from dgavg.averaging.parameters import Named
+
+
+class RunningMean(WeightAverage):
+    """The mean of all weights taken in: a ← a + (w − a)/(n + 1).
+
+    The average of SWA (Izmailov et al. 2018, arXiv 1803.05407) and, taken every step, of SMA (Arpit
+    et al. 2022, arXiv 2110.10832). `first_count` is how many models the first one counts for.
+    """
+
+    def __init__(self, source: nn.Module | Named, *, first_count: int = 1, **options: Any) -> None:
+        super().__init__(source, **options)
+        self.first_count = first_count
+
+    def rate(self) -> float:
+        """1/(n + 1) after n models."""
+        return 1.0 / (self.count + self.first_count)

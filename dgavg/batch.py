@@ -1,0 +1,54 @@
+"""Batch and Loss: what flows down and up a chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """One training batch: the same number of rows of each training domain, ordered by domain.
+
+    Shapes: `x` (N, ...) inputs; `y` (N,) integer labels, or (N, classes) probabilities once a link
+    has mixed them; `d` (N,) the domain index of each row; `domains` how many domains there are. So
+    work per domain is a reshape to (domains, N / domains, ...), never a mask or a host sync.
+    """
+
+    x: Tensor
+    y: Tensor
+    d: Tensor
+    domains: int
+
+    def by_domain(self, rows: Tensor) -> Tensor:
+        """View (N, ...) as (domains, N / domains, ...)."""
+        return rows.reshape(self.domains, -1, *rows.shape[1:])
+
+    def split(self) -> list[Batch]:
+        """One batch for each domain, in order."""
+        parts = zip(*(self.by_domain(t) for t in (self.x, self.y, self.d)), strict=True)
+        return [Batch(x, y, d, domains=1) for x, y, d in parts]
+
+
+@dataclass(slots=True)
+class Loss:
+    """What one forward pass gave, shared by every penalty of the chain.
+
+    Shapes: `risks` (D,) mean task loss of each domain; `weights` (D,) how the risks are averaged;
+    `logits` (N, classes) and `features` (N, F) in float32; `terms` scalar penalties by link name,
+    already weighted.
+    """
+
+    risks: Tensor
+    weights: Tensor
+    logits: Tensor
+    features: Tensor
+    batch: Batch
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """The scalar to minimise: weighted risks plus all terms."""
+        return torch.stack([torch.dot(self.weights, self.risks), *self.terms.values()]).sum()

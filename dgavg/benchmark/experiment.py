@@ -1,0 +1,209 @@
+"""Experiment: everything that a set of leave-one-domain-out runs shares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgavg.chain import chain, check, settings_of, spec_of
+from dgavg.data import DomainDataset, load
+from dgavg.errors import UserError, require, unknown
+from dgavg.evaluation import RULES, Stopping
+from dgavg.models import Model, build_model
+from dgavg.optimizers import lr_schedule, optimizer_factory
+from dgavg.run import OptimizerFactory
+from dgavg.settings import fits
+from dgavg.trainer import Trainer
+
+PLACES = ("root", "download", "workers")  # where data is and how it is read, not what it is
+ModelBuilder = Callable[[tuple[int, int, int], int], Model]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The folds and seeds to run, and all that their runs are built from.
+
+    `identity` is every setting that a number depends on, as JSON would hold it; two runs with the
+    same identity, fold and seed give the same records.
+    """
+
+    trainer: Trainer
+    dataset: DomainDataset
+    model: ModelBuilder
+    optimizer: OptimizerFactory
+    schedule: Callable[[int], float]
+    protocol: Mapping[str, Any]
+    stopping: Stopping
+    held_out: tuple[str, ...]
+    seeds: tuple[int, ...]
+    device: torch.device
+    precision: str
+    evaluate_all: bool
+    eval_batch_size: int
+    tensorboard: bool
+    identity: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def spec(self) -> str:
+        """The chain by name."""
+        return spec_of(self.trainer)
+
+    def run_folder(self, held_out: str, seed: int) -> Path:
+        """Where the run of one fold and seed lives."""
+        return self.folder / held_out.replace(os.sep, "_") / str(seed)
+
+
+def build(
+    settings: Mapping[str, Any],
+    *,
+    trainer: Trainer | None = None,
+    dataset: DomainDataset | None = None,
+    model: ModelBuilder | None = None,
+) -> Experiment:
+    """Build an experiment from composed settings; objects given stand in for their settings.
+
+    Raises `UserError` for anything in them that can't work, before a file is written.
+    """
+    if trainer is None:
+        links = settings["trainer"]
+        trainer = chain("_".join(links), **{k: v or {} for k, v in links.items()})
+    check(trainer)
+    protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
+    _check_choices(settings, protocol)
+    _check_stopping(trainer, stopping)
+    device = find_device(settings["device"])
+    if settings["threads"] is not None:
+        require(settings["threads"] > 0, f"threads={settings['threads']}: at least 1")
+        torch.set_num_threads(settings["threads"])
+    optimizer = dict(settings["optimizer"])
+    schedule = lr_schedule(
+        optimizer.pop("schedule"), optimizer.pop("warmup"), protocol["steps"]
+    )
+    make_optimizer = optimizer_factory(**optimizer)
+
+    data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
+    if dataset is None:
+        dataset = load(data["name"], **{k: v for k, v in data.items() if k != "name"})
+    held_out = _held_out(settings["holdout"], dataset)
+    check(trainer, domains=len(dataset.domains) - 1)
+    data = {k: v for k, v in data.items() if k not in PLACES}
+    named = {"trainer": settings_of(trainer), "data": {**data, "content": fingerprint(dataset)}}
+    identity = {
+        **named,
+        "model": settings["model"] if model is None else {"name": model.__qualname__},
+        **{k: settings[k] for k in ("optimizer", "protocol", "stopping", "precision")},
+        "evaluate": settings["evaluate"],
+        "device": device.type,
+    }
+    identity = json.loads(json.dumps(identity, default=list))
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+    name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}"
+    require(name not in ("", ".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
+    build_one = model or (lambda shape, classes: build_model(
+        input_shape=shape, classes=classes, **settings["model"]))
+    return Experiment(
+        trainer=trainer,
+        dataset=dataset,
+        model=build_one,
+        optimizer=make_optimizer,
+        schedule=schedule,
+        protocol=protocol,
+        stopping=stopping,
+        held_out=held_out,
+        seeds=_seeds(settings["seeds"]),
+        device=device,
+        precision=settings["precision"],
+        evaluate_all=settings["evaluate"] == "all",
+        eval_batch_size=settings["eval_batch_size"],
+        tensorboard=settings["logger"] == "tensorboard",
+        identity=identity,
+        folder=Path(settings["runs"]) / name,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU where there is one.
+
+    Raises `UserError` for one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"]) from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    require(
+        (device.index or 0) < count.get(device.type, 0),
+        f"device={name}: this machine has {count.get(device.type, 0)} of that kind; "
+        "write device=auto or device=cpu",
+    )
+    return device
+
+
+def fingerprint(dataset: DomainDataset) -> str:
+    """A hash of a data set's content: names, images and labels, wherever its files are."""
+    found = hashlib.blake2b(repr((dataset.names, dataset.classes)).encode(), digest_size=8)
+    for domain in dataset.domains:
+        for tensor in (domain.images, domain.labels):
+            found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def _check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+    for value, choices, name in (
+        (protocol["test_split"], ("in", "all"), "protocol.test_split"),
+        (protocol["selection"], tuple(RULES), "protocol.selection"),
+        (settings["precision"], ("fp32", "bf16"), "precision"),
+        (settings["evaluate"], ("selection", "all"), "evaluate"),
+        (settings["logger"], (None, "tensorboard"), "logger"),
+    ):
+        shown = ", ".join("null" if c is None else c for c in choices)
+        require(value in choices, f"{name}={value}: choose one of {shown}")
+    for key in ("steps", "batch_size", "eval_every"):
+        require(protocol[key] > 0, f"protocol.{key}={protocol[key]}: at least 1")
+    require(settings["eval_batch_size"] > 0, "eval_batch_size: at least 1")
+
+
+def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
+    known = ["live", *(k.name for k in trainer if type(k).candidates is not Trainer.candidates)]
+    if stopping.candidate is not None and stopping.candidate not in known:
+        raise unknown("candidate", stopping.candidate, known, "stopping.candidate")
+
+
+def _held_out(wanted: Any, dataset: DomainDataset) -> tuple[str, ...]:
+    if wanted == "all":
+        return dataset.names
+    names = wanted if isinstance(wanted, list | tuple) else [wanted]
+    require(bool(names), "holdout=[]: name at least one domain, or write holdout=all")
+    for name in names:
+        dataset.index(str(name))
+    return tuple(dict.fromkeys(map(str, names)))
+
+
+def _seeds(wanted: Any) -> tuple[int, ...]:
+    fine = fits(wanted, list[int]) and wanted and min(wanted) >= 0
+    require(fine, f"seeds={wanted}: write a list of numbers from 0 on, such as seeds=[0,1,2]")
+    return tuple(dict.fromkeys(wanted))
+
+
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """A TensorBoard writer in `folder` that goes on after `step`.
+
+    Raises `UserError` where TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "logger=tensorboard needs TensorBoard: pip install 'dgavg[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1)

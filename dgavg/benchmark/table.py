@@ -1,0 +1,214 @@
+"""Table: what a set of runs says, one row a candidate, one column a held-out domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgavg.benchmark.files import read_records
+from dgavg.errors import UserError, require, unknown
+from dgavg.evaluation.selection import RULES, selected_step, validation_score
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+Runs = dict[str, list[list[dict[str, Any]]]]  # by name: the records of each fold and seed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one candidate of one run reached at its selected step; accuracies in [0, 1]."""
+
+    run: str
+    chain: str
+    candidate: str
+    held_out: str
+    seed: int
+    step: int
+    accuracy: float
+    loss: float
+    validation: float
+    batchnorm: str
+
+
+def test_score(record: Mapping[str, Any], candidate: str) -> tuple[float, float]:
+    """Accuracy and loss on the held-out domain: its `in` part, or both where the protocol says."""
+    splits, held_out = record["candidates"][candidate]["splits"], record["held_out"]
+    parts = ("in", "out") if record["protocol"]["test_split"] == "all" else ("in",)
+    scores = [splits[f"{held_out}/{part}"] for part in parts]
+    n = sum(s["n"] for s in scores)
+    losses = [s["loss"] if s["loss"] is not None else math.inf for s in scores]
+    accuracy = sum(s["accuracy"] * s["n"] for s in scores) / n
+    return accuracy, sum(x * s["n"] for x, s in zip(losses, scores, strict=True)) / n
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error as DomainBed prints it, the population deviation over √n.
+
+    >>> [round(v, 4) for v in mean_and_error([0.1, 0.2, 0.3])]
+    [0.2, 0.0471]
+    """
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / n) / math.sqrt(n)
+
+
+class Table:
+    """Results of runs that share a data set and a protocol.
+
+    `runs` maps a run's name to the records of each of its (fold, seed) runs. `rule` selects the
+    checkpoint of each candidate on its own; by default the protocol's. `print(table)` shows it,
+    `to_frame()` has every number.
+
+    Raises `UserError` for no runs, for runs of different protocols or data, and an unknown rule.
+    """
+
+    def __init__(self, runs: Runs, rule: str | None = None) -> None:
+        firsts = {name: records[0] for name, group in runs.items() for records in group if records}
+        require(bool(firsts), "no finished run to make a table of")
+        first = next(iter(firsts.values()))
+        for name, record in firsts.items():
+            for part in ("protocol", "data"):
+                if record[part] != first[part]:
+                    raise UserError(
+                        f"{name} and {next(iter(firsts))} differ in {part}: a table never mixes "
+                        f"two of them; print one table for each"
+                    )
+        self.protocol, self.data = first["protocol"], first["data"]
+        self.rule = rule or self.protocol["selection"]
+        if self.rule not in RULES:
+            raise unknown("selection rule", self.rule, RULES)
+        self.results = [
+            result
+            for name, group in runs.items()
+            for records in group
+            for result in _results(name, records, self.rule)
+        ]
+        self.held_out = list(dict.fromkeys(r.held_out for r in self.results))
+        self.seeds = sorted({r.seed for r in self.results})
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for every candidate of every run: its selected step and what it reached there."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(r) for r in self.results])
+
+    def rows(self) -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+        """Accuracy by (run, candidate), then by (held-out domain, seed)."""
+        rows: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+        for r in self.results:
+            rows.setdefault((r.run, r.candidate), {})[r.held_out, r.seed] = r.accuracy
+        return rows
+
+    def __str__(self) -> str:
+        chains = {r.run: r.chain for r in self.results}
+        unique = len(set(chains.values())) == len(chains)
+        rows, previous = self.rows(), ""
+        lines = [["chain", "candidate", *self.held_out, "mean", "against live"]]
+        for (run, candidate), cells in rows.items():
+            label = chains[run] if unique else run
+            by_domain = [
+                [cells[d, s] for s in self.seeds if (d, s) in cells] for d in self.held_out
+            ]
+            shown = [self._cell(values) for values in by_domain]
+            whole = len(cells) == len(self.held_out) * len(self.seeds)
+            means = [sum(v) / len(v) for v in zip(*by_domain, strict=True)] if whole else []
+            live = rows.get((run, "live"), {})
+            gain = "" if candidate == "live" else _gain(cells, live)
+            lines.append(
+                ["" if label == previous else label, candidate, *shown, self._cell(means), gain]
+            )
+            previous = label
+        return "\n".join([self._title(), "", *_aligned(lines)])
+
+    def _title(self) -> str:
+        seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) > 1)
+        error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
+        return (
+            f"{self.data['name']}: accuracy (%) on the domain held out{error}\n"
+            f"protocol {self.protocol['name']}, {self.protocol['steps']} steps, {seeds}; "
+            f"checkpoint: {RULES[self.rule]}"
+        )
+
+    def _cell(self, values: Sequence[float]) -> str:
+        """One cell; X where a seed is missing, since a mean over the others would mislead."""
+        if not values or (len(values) != len(self.seeds)):
+            return "X"
+        mean, error = mean_and_error(values)
+        return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+
+
+def _gain(cells: Mapping[Any, float], live: Mapping[Any, float]) -> str:
+    """The paired difference to the live weights of the same runs, and how many runs gained."""
+    pairs = [cells[key] - live[key] for key in cells if key in live]
+    if not pairs:
+        return ""
+    mean, error = mean_and_error(pairs)
+    better = sum(p > 0 for p in pairs)
+    return f"{100 * mean:+.1f} ± {100 * error:.1f} ({better} of {len(pairs)} better)"
+
+
+def _results(run: str, records: Sequence[Mapping[str, Any]], rule: str) -> Iterable[Result]:
+    for candidate in dict.fromkeys(k for r in records for k in r["candidates"]):
+        index = selected_step(records, candidate, rule)
+        if index is None:
+            continue
+        record = records[index]
+        found = record["candidates"][candidate]
+        accuracy, loss = test_score(record, candidate)
+        yield Result(
+            run=run,
+            chain=record["chain"],
+            candidate=candidate,
+            held_out=record["held_out"],
+            seed=record["seed"],
+            step=record["step"],
+            accuracy=accuracy,
+            loss=loss,
+            validation=validation_score(found["splits"], record["held_out"]),
+            batchnorm=found["batchnorm"],
+        )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width: the first two to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return [rows[0], "─" * (sum(widths) + 2 * (len(widths) - 1)), *rows[1:]]
+
+
+def tables(runs: Runs, rule: str | None = None) -> list[Table]:
+    """A table for each data set and protocol among the runs."""
+    groups: dict[str, Runs] = {}
+    for name, group in runs.items():
+        for records in group:
+            key = json.dumps([records[0]["data"], records[0]["protocol"]], sort_keys=True)
+            groups.setdefault(key, {}).setdefault(name, []).append(records)
+    return [Table(group, rule) for group in groups.values()]
+
+
+def read_runs(folders: Sequence[Path]) -> Runs:
+    """The records of every finished run below `folders`.
+
+    Raises `UserError` for a folder that is missing or holds no finished run.
+    """
+    runs: Runs = {}
+    for folder in folders:
+        require(folder.is_dir(), f"no folder {folder}: give one of runs, such as runs/")
+        ended = sorted(folder.rglob("done"))
+        require(bool(ended), f"no finished run in {folder}")
+        for path in ended:
+            name = path.resolve().parent.parent.parent.name
+            runs.setdefault(name, []).append(read_records(path.parent / "records.jsonl"))
+    return runs

@@ -1,0 +1,71 @@
+"""`trainer=ma_swa_irm_basic`: Hydra composes any chain from the registry, without a YAML file."""
+
+from __future__ import annotations
+
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+
+from dgavg.chain import find_trainer, known_trainers
+from dgavg.config.schema import link_schema
+from dgavg.errors import UserError
+
+
+class ChainSource(ConfigSource):
+    """A source of configs `trainer/<chain>`: a node a link, in the chain's order.
+
+    It stands last in the search path, so files in `conf/trainer/` come first.
+    """
+
+    @staticmethod
+    def scheme() -> str:
+        """The scheme of its search path, `chain://`."""
+        return "chain"
+
+    def available(self) -> bool:
+        """Always: the registry is in memory."""
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether this is the group `trainer`."""
+        return config_path in ("", "trainer")
+
+    def is_config(self, config_path: str) -> bool:
+        """Any name in the group `trainer` is a chain, if perhaps a misspelt one."""
+        group, _, spec = config_path.removesuffix(".yaml").rpartition("/")
+        return group == "trainer" and spec != ""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The typed settings of every link of the chain."""
+        spec = config_path.removesuffix(".yaml").rpartition("/")[2]
+        try:
+            links = {name: find_trainer(name, spec) for name in spec.split("_")}
+        except UserError as error:
+            raise ConfigLoadError(str(error)) from error
+        config = OmegaConf.create(
+            {name: OmegaConf.structured(link_schema(cls)) for name, cls in links.items()}
+        )
+        return ConfigResult(
+            config=config, path=f"{self.scheme()}://{self.path}", provider=self.provider,
+            header={"package": None},
+        )
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """The group, or the names that chains are made of."""
+        return known_trainers() if config_path == "trainer" else ["trainer"]
+
+
+class ChainSearchPath(SearchPathPlugin):
+    """Appends `chain://` to every search path."""
+
+    def manipulate_search_path(self, search_path: object) -> None:
+        """Append the source."""
+        search_path.append("dgavg", "chain://")  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Make Hydra know the source; harmless when done twice."""
+    for plugin in (ChainSource, ChainSearchPath):
+        Plugins.instance().register(plugin)

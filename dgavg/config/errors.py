@@ -1,0 +1,52 @@
+"""Hydra's and OmegaConf's errors in one line: what is wrong, where, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from dgavg.errors import UserError, unknown
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn errors of composing a configuration into `UserError`s of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def explain(error: BaseException) -> UserError:
+    """The `UserError` for an error of Hydra or OmegaConf."""
+    root: BaseException | None = error
+    while root is not None:
+        if isinstance(root, UserError):
+            return root
+        if isinstance(root, MissingConfigException) and root.missing_cfg_file:
+            group, _, name = str(root.missing_cfg_file).rpartition("/")
+            return unknown(group or "config", name, root.options or [])
+        if isinstance(root, ConfigKeyError | ConfigAttributeError) and root.key is not None:
+            parent = root.parent_node
+            keys = [str(k) for k in parent.keys()] if hasattr(parent, "keys") else []  # noqa: SIM118
+            where = str(root.full_key or "").removesuffix(str(root.key)).rstrip(".")
+            return unknown("setting", root.key, keys, where)
+        if isinstance(root, MissingMandatoryValue):
+            return UserError(f"{root.full_key} is missing: write {root.full_key}=...")
+        if isinstance(root, ValidationError):
+            return UserError(f"{root.full_key}: {_first_line(root)}")
+        root = root.__cause__ or root.__context__
+    return UserError(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,77 @@
+"""The types of the configuration; the values stand in `conf/`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING as REQUIRED
+
+from dgavg.trainer import Schedule, Trainer
+
+
+@dataclass
+class ProtocolSettings:
+    """How runs are trained, split, evaluated and selected; a table never mixes two of them.
+
+    - `name`: of the protocol, written into every record.
+    - `steps`: updates a run.
+    - `batch_size`: images of each training domain a step.
+    - `eval_every`: steps between two evaluations; the last step is always evaluated.
+    - `holdout_fraction`: share of each domain kept for validation.
+    - `test_split`: `in` scores the held-out domain's larger part, as DomainBed; `all` its whole.
+    - `selection`: `validation`, `last` or `oracle`.
+    - `augment`: augmentation of training images, `none` or `domainbed`.
+    """
+
+    name: str = REQUIRED
+    steps: int = REQUIRED
+    batch_size: int = REQUIRED
+    eval_every: int = REQUIRED
+    holdout_fraction: float = 0.2
+    test_split: str = "in"
+    selection: str = "validation"
+    augment: str = "none"
+
+
+@dataclass
+class StoppingSettings:
+    """Early stopping; see `dgavg.evaluation.Stopping`."""
+
+    candidate: str | None = None
+    patience: int = 5
+
+
+@dataclass
+class Settings:
+    """Everything `dgavg` takes; `dgavg --cfg job` prints it composed."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
+    stopping: StoppingSettings = field(default_factory=StoppingSettings)
+    holdout: Any = "all"
+    seeds: Any = field(default_factory=lambda: [0, 1, 2])
+    device: str = "auto"
+    precision: str = "fp32"
+    threads: int | None = None
+    evaluate: str = "selection"
+    eval_batch_size: int = 512
+    logger: str | None = None
+    runs: str = "runs"
+    name: str | None = None
+
+
+def link_schema(cls: type[Trainer]) -> type:
+    """A typed config of a link's settings, read off its fields: Python's defaults are the only ones."""
+    kinds = get_type_hints(cls)
+    settings = []
+    for f in fields(cls):
+        if f.init and f.name != "inner":
+            kind = float if kinds[f.name] == Schedule else kinds[f.name]
+            simple = kind in (int, float, str, bool, int | None, float | None, str | None)
+            default = REQUIRED if f.default is MISSING else f.default
+            settings.append((f.name, kind if simple else Any, field(default=default)))
+    return make_dataclass(cls.__name__, settings)

@@ -1,0 +1,132 @@
+"""TrainingBatches: batch t of a run as a pure function of (seed, t)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgavg.batch import Batch
+from dgavg.data.augment import AUGMENTATIONS
+from dgavg.data.domains import DomainDataset
+from dgavg.data.splits import Splits, seed_hash
+from dgavg.errors import require, unknown
+
+BLOCK = 64  # steps whose rows are drawn at once
+
+
+class TrainingBatches:
+    """Batches of `batch_size` random rows of each training domain, ordered by domain.
+
+    Rows are drawn uniformly with replacement, as DomainBed's `InfiniteDataLoader` does. Which rows
+    make batch t follows from (seed, t) alone; with an augmentation the pixels do too, on one kind
+    of device. The global random state is neither read nor changed. The training parts of the
+    domains live on `device` as one uint8 tensor, so a batch is one gather.
+
+    `domains` is how many training domains there are, `names` are theirs, and `epoch_length` is how
+    many steps show the smallest of them once: the least of `len(in) // batch_size`.
+
+    Raises `UserError` for no training domain, one twice or one that does not exist, an unknown
+    augmentation, and a training domain with fewer images than one batch needs.
+    """
+
+    def __init__(
+        self,
+        dataset: DomainDataset,
+        splits: Splits,
+        train_domains: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        augment: str = "none",
+    ) -> None:
+        where = f"data set {dataset.name!r}"
+        require(
+            len(train_domains) > 0, f"no domain of {where} is left to train on; name at least 1"
+        )
+        for i, domain in enumerate(train_domains):
+            require(
+                0 <= domain < len(dataset.domains) and domain not in train_domains[:i],
+                f"training domains {list(train_domains)} of {where} must be different numbers in "
+                f"0..{len(dataset.domains) - 1}",
+            )
+        if augment not in AUGMENTATIONS:
+            raise unknown("augmentation", augment, AUGMENTATIONS)
+        require(batch_size >= 1, f"protocol.batch_size={batch_size} must be at least 1")
+        self.names = tuple(dataset.names[i] for i in train_domains)
+        self.domains = len(self.names)
+        self.classes = len(dataset.classes)
+        self._sizes = [len(splits.in_[i]) for i in train_domains]
+        for name, size in zip(self.names, self._sizes, strict=True):
+            require(
+                size >= batch_size,
+                f"training domain {name!r} has {size} training images, fewer than "
+                f"protocol.batch_size={batch_size}; set protocol.batch_size={size} or less",
+            )
+        self.epoch_length = min(self._sizes) // batch_size
+        self._batch_size, self._seed, self._device = batch_size, seed, torch.device(device)
+
+        shape = (sum(self._sizes), *dataset.input_shape)
+        self._images = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        self._labels = torch.empty(shape[0], dtype=torch.int64, device=self._device)
+        start = 0
+        for i, size in zip(train_domains, self._sizes, strict=True):
+            source, keys = dataset.domains[i], torch.from_numpy(splits.in_[i])
+            self._images[start : start + size].copy_(source.images[keys])
+            self._labels[start : start + size].copy_(source.labels[keys])
+            start += size
+        self._d = torch.arange(self.domains, device=self._device).repeat_interleave(batch_size)
+
+        self._augment = None if augment == "none" else AUGMENTATIONS[augment]
+        self._augment_rng = torch.Generator(self._device)
+        self._block = -1
+        self._rows: tuple[Tensor, ...] = ()
+
+    def __call__(self, t: int) -> Batch:
+        """Batch t ≥ 0: x float32 (domains · batch_size, C, H, W) in [0, 1], y and d int64."""
+        block, step = divmod(t, BLOCK)
+        if block != self._block:
+            self._rows, self._block = self._draw(block), block
+        rows = self._rows[step]
+        x = _floats(self._images.index_select(0, rows))
+        if self._augment is not None:
+            self._augment_rng.manual_seed(seed_hash("augment", self._seed, t))
+            x = self._augment(x, self._augment_rng)
+        return Batch(x, self._labels.index_select(0, rows), self._d, self.domains)
+
+    def pooled(self, batch_size: int) -> Iterator[Tensor]:
+        """All training images once, not augmented, in batches that mix the domains evenly.
+
+        Yields x, float32 (n, C, H, W) in [0, 1], n ≤ `batch_size`. The order is always the same.
+        Each batch has each domain's share of the images to within one or two, and no two batches
+        differ in length by more than one: a plain mean over batches is then right for batch norm.
+        """
+        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        rng = np.random.default_rng(0)
+        # Image i of a shuffled domain of n stands at (i + 1/2) / n of the way through.
+        place = np.concatenate([(rng.permutation(n) + 0.5) / n for n in self._sizes])
+        order = torch.from_numpy(np.argsort(place, kind="stable")).to(self._device)
+        for rows in order.tensor_split(-(-len(order) // batch_size)):
+            yield _floats(self._images.index_select(0, rows))
+
+    def _draw(self, block: int) -> tuple[Tensor, ...]:
+        """The rows of each step of a block: BLOCK tensors (domains · batch_size,) on the device."""
+        rng = torch.Generator().manual_seed(seed_hash("batches", self._seed, block))
+        parts, start = [], 0
+        for size in self._sizes:
+            parts.append(
+                torch.randint(start, start + size, (BLOCK, self._batch_size), generator=rng)
+            )
+            start += size
+        rows = torch.cat(parts, dim=1)
+        if self._device.type == "cuda":  # pinned, so that the copy does not wait for the device
+            rows = rows.pin_memory()
+        return rows.to(self._device, non_blocking=True).unbind(0)
+
+
+def _floats(images: Tensor) -> Tensor:
+    """uint8 0..255 → float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)

@@ -1,0 +1,135 @@
+"""Scorer: every candidate on every split, in one pass over the data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dgavg.averaging.batchnorm import batchnorm_layers, batchnorm_recalibration
+from dgavg.errors import require
+from dgavg.trainer import POLICIES, Candidate, Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and labels to score on.
+
+    Shapes: `images` uint8 (N, C, H, W), `labels` int64 (N,), both on the device of the model.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class SplitScore:
+    """Accuracy in [0, 1] and mean cross-entropy of one candidate on one split of n images."""
+
+    accuracy: float
+    loss: float
+    n: int
+
+
+class Scorer:
+    """Scores candidates on twins of the model, which borrow their tensors.
+
+    Nothing is ever swapped into the live model, so no exception can leave the wrong weights in
+    training. `pooled()` yields the un-augmented training images, in batches that mix all training
+    domains, for candidates whose batch norm is recalibrated; they all share one pass over it.
+    Random numbers are neither drawn nor seeded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        splits: Mapping[str, Split],
+        pooled: Callable[[], Iterable[Tensor]],
+        *,
+        batch_size: int = 512,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.splits, self.pooled = model, splits, pooled
+        self.batch_size, self.autocast = batch_size, autocast
+        self._twins: dict[str, nn.Module] = {}
+
+    @torch.no_grad()
+    def score(self, candidates: Mapping[str, Candidate]) -> dict[str, dict[str, SplitScore]]:
+        """Scores by candidate and split.
+
+        Raises `UserError` for an unknown batch-norm policy.
+        """
+        twins = {name: self._twin(name, candidate) for name, candidate in candidates.items()}
+        self._recalibrate([twins[k] for k, c in candidates.items() if c.batchnorm == "recalibrate"])
+        for twin in twins.values():
+            twin.eval()
+        return self._by_candidate(twins)
+
+    def weights(self, name: str) -> Weights:
+        """The weights that `name` was last scored with, recalibrated statistics included."""
+        return self._twins[name].state_dict()
+
+    def _by_candidate(self, twins: Mapping[str, nn.Module]) -> dict[str, dict[str, SplitScore]]:
+        sums: dict[tuple[str, str], Tensor] = {}
+        for split, images, labels in self._batches():
+            for name, twin in twins.items():
+                with self.autocast():
+                    logits = twin(images).float()
+                right = (logits.argmax(dim=1) == labels).sum()
+                found = torch.stack([right, F.cross_entropy(logits, labels, reduction="sum")])
+                sums[name, split] = sums[name, split] + found if (name, split) in sums else found
+        values = torch.stack(list(sums.values())).tolist()  # the one host sync
+        scores: dict[str, dict[str, SplitScore]] = {name: {} for name in twins}
+        for (name, split), (right, loss) in zip(sums, values, strict=True):
+            n = len(self.splits[split].labels)
+            scores[name][split] = SplitScore(right / n, loss / n, n)
+        return scores
+
+    def _batches(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, split in self.splits.items():
+            parts = (t.split(self.batch_size) for t in (split.images, split.labels))
+            for images, labels in zip(*parts, strict=True):
+                yield name, images.float().div_(255), labels
+
+    def _twin(self, name: str, candidate: Candidate) -> nn.Module:
+        """A module of the model's structure with the candidate's tensors; nothing is copied but
+        the batch-norm statistics that are to be recalibrated."""
+        require(
+            candidate.batchnorm in POLICIES,
+            f"candidate {name!r}: batch-norm policy {candidate.batchnorm!r}; choose one of "
+            + ", ".join(POLICIES),
+        )
+        if name not in self._twins:
+            shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+            self._twins[name] = copy.deepcopy(self.model, memo=shared)
+        twin = self._twins[name]
+        weights = dict(candidate.weights)
+        statistics = [f"{k}.{b}" for k, m in self.model.named_modules() if isinstance(m, _BatchNorm)
+                      for b, _ in m.named_buffers(recurse=False)]
+        if candidate.batchnorm == "keep":
+            live = self.model.state_dict()
+            weights |= {k: live[k] for k in statistics}
+        elif candidate.batchnorm == "recalibrate":
+            weights |= {k: weights[k].clone() for k in statistics}
+        twin.load_state_dict(weights, assign=True)
+        for theirs, mine in zip(self.model.modules(), twin.modules(), strict=True):
+            mine.training = theirs.training  # a frozen layer stays frozen in recalibration
+        return twin
+
+    def _recalibrate(self, twins: list[nn.Module]) -> None:
+        if not twins or not any(m.training for m in batchnorm_layers(twins[0])):
+            return
+        with ExitStack() as stack:
+            for twin in twins:
+                stack.enter_context(batchnorm_recalibration(twin))
+            for images in self.pooled():
+                for twin in twins:
+                    with self.autocast():
+                        twin(images)

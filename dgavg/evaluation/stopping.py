@@ -1,0 +1,35 @@
+"""Early stopping on a candidate's validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dgavg.errors import require
+from dgavg.trainer import Scores
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Stop once `candidate` has gone `patience` evaluations without a lower validation loss.
+
+    A pure function of the scores so far, so there is nothing to save. `candidate=None` never stops.
+
+    Raises `UserError` for a patience below 1.
+    """
+
+    candidate: str | None = None
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 1, f"stopping.patience={self.patience}: at least 1 evaluation")
+
+    def __call__(self, scores: Sequence[Scores]) -> str:
+        """Why to stop now, or ""."""
+        losses = [s[self.candidate]["loss"] for s in scores if self.candidate in s]
+        if not losses:
+            return ""
+        since = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
+        if since < self.patience:
+            return ""
+        return f"the validation loss of {self.candidate!r} has not fallen for {since} evaluations"

@@ -1,0 +1,66 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dgavg.run import Run
+from dgavg.trainer import Trainer
+
+FLUSH = 50  # steps between two looks at the losses: often enough to see, too rare to cost
+
+
+def fit(
+    run: Run,
+    *,
+    after_step: Callable[[Run], None] = lambda run: None,
+    after_eval: Callable[[Run], None] = lambda run: None,
+) -> None:
+    """Train `run` from where it stands to its end, or to where early stopping ends it.
+
+    `after_step` and `after_eval` only watch: a progress bar, a checkpoint. Raises `NonFiniteLoss`.
+    """
+    with named_link(run):
+        while run.t < run.steps and not run.stop:
+            run.losses.write(run.step(run.batches(run.t)))
+            run.t += 1
+            run.tap("after_step")
+            if run.t % run.epoch_length == 0:
+                run.tap("after_epoch")
+            if run.t % FLUSH == 0:
+                run.losses.flush(run.t)
+            after_step(run)
+            if run.t % run.eval_every == 0 or run.t == run.steps:
+                evaluate(run)
+                after_eval(run)
+        if run.taps["after_fit"] and not run.closed:
+            run.tap("after_fit")
+            run.closed = True
+            evaluate(run)
+            after_eval(run)
+
+
+def evaluate(run: Run) -> None:
+    """Score the candidates, tell the links, and decide whether to go on."""
+    run.losses.flush(run.t)
+    if run.evaluate is not None:
+        run.scores.append(run.evaluate(run))
+        run.tap("after_eval", run.scores[-1])
+        run.stop = run.stopping(run.scores)
+
+
+@contextmanager
+def named_link(run: Run) -> Iterator[None]:
+    """Note on an exception in which link of the chain it was raised."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        owners = [frame.f_locals.get("self") for frame in frames]
+        inside = [owner for owner in owners if isinstance(owner, Trainer)]
+        if inside:
+            names = [f"[{k.name}]" if k is inside[-1] else k.name for k in run.trainer]
+            error.add_note(f"in trainer chain {' > '.join(names)}")
+        raise

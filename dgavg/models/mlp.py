@@ -1,0 +1,44 @@
+"""A multilayer perceptron on pixels."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+
+from dgavg.errors import require
+from dgavg.models.model import Model
+from dgavg.models.registry import model
+
+
+@model("mlp")
+def mlp(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    *,
+    width: int = 256,
+    depth: int = 2,
+    batchnorm: bool = True,
+    dropout: float = 0.0,
+) -> Model:
+    """Multilayer perceptron: `depth` hidden layers of `width`, batch norm, ReLU, dropout.
+
+    F is `width`; with `depth=0` the featurizer only flattens, which leaves a linear model.
+
+    Raises:
+        UserError: a width below 1, a depth below 0, or a dropout outside [0, 1).
+    """
+    require(width >= 1, f"model.width={width} is too small for model mlp; write 1 or more")
+    require(depth >= 0, f"model.depth={depth} is too small for model mlp; write 0 or more")
+    require(0 <= dropout < 1, f"model.dropout={dropout} is outside [0, 1); write 0 for none")
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = prod(input_shape)
+    for _ in range(depth):
+        layers.append(nn.Linear(features, width))
+        if batchnorm:
+            layers.append(nn.BatchNorm1d(width))
+        layers.append(nn.ReLU())
+        if dropout > 0:
+            layers.append(nn.Dropout(dropout))
+        features = width
+    return Model(nn.Sequential(*layers), nn.Linear(features, classes))

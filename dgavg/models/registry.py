@@ -1,0 +1,77 @@
+"""Models by name: the registry, and building one from a name and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dgavg.errors import UserError, require, unknown
+from dgavg.models.model import Model
+from dgavg.settings import check_settings, fits, keyword_settings
+
+Builder = TypeVar("Builder", bound=Callable[..., Model])
+
+MODELS: dict[str, Callable[..., Model]] = {}
+"""Builders by name: `builder(input_shape, classes, *, **settings) -> Model`."""
+
+
+def model(name: str) -> Callable[[Builder], Builder]:
+    """Register a builder under `name`.
+
+    A builder takes the input shape (C, H, W) and the number of classes, then its settings as typed
+    keywords with defaults. The first line of its docstring is its entry in `dgavg list models`.
+
+    Raises:
+        UserError: the name is taken.
+    """
+
+    def register(builder: Builder) -> Builder:
+        require(name not in MODELS, f"model {name!r} is there already; register under another name")
+        MODELS[name] = builder
+        return builder
+
+    return register
+
+
+def build_model(
+    name: str, input_shape: tuple[int, int, int], classes: int, **settings: Any
+) -> Model:
+    """A new model, on the CPU and in training mode, drawn from torch's global generator.
+
+    Args:
+        name: a key of `MODELS`.
+        input_shape: channels, height and width of an image.
+        classes: the number of logits.
+        settings: the builder's keywords, as `model_settings(name)` lists them.
+
+    Raises:
+        UserError: an unknown model or setting, a setting left out or of the wrong type, sizes that
+            are no positive integers, and what the builder itself refuses.
+    """
+    builder = _builder(name)
+    sizes = (*input_shape, classes)
+    require(
+        len(sizes) == 4 and all(fits(n, int) and n > 0 for n in sizes),
+        f"model {name} cannot be built for input shape {tuple(input_shape)} and {classes} classes; "
+        "give channels, height, width and classes as positive integers",
+    )
+    try:
+        check_settings(builder, settings, "model")
+    except UserError as error:
+        raise UserError(f"model {name}: {error}") from None
+    return builder(tuple(input_shape), classes, **settings)
+
+
+def model_settings(name: str) -> dict[str, tuple[Any, Any]]:
+    """The settings of a model: name to (type, default or `inspect.Parameter.empty`).
+
+    Raises:
+        UserError: an unknown model.
+    """
+    return keyword_settings(_builder(name))
+
+
+def _builder(name: str) -> Callable[..., Model]:
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    return MODELS[name]

@@ -1,0 +1,243 @@
+"""Run: one training run, explicit, handed to every link, saved and restored as a whole."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dgavg.batch import Batch, Loss
+from dgavg.chain import check, spec_of
+from dgavg.errors import UserError, require
+from dgavg.losslog import LossLog
+from dgavg.seeding import random_state, set_random_state
+from dgavg.trainer import TAPS, Candidate, Schedule, Scores, Trainer, Weights
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Batches(Protocol):
+    """Where training batches come from: batch t is a pure function of t.
+
+    `names` are the training domains; `classes` how many labels there are; `epoch_length` how many
+    steps make an epoch.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The training domains, in the order of `Batch.d`."""
+
+    @property
+    def classes(self) -> int:
+        """The number of labels."""
+
+    @property
+    def epoch_length(self) -> int:
+        """Steps an epoch."""
+
+    def __call__(self, t: int) -> Batch:
+        """Batch `t`."""
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam at 1e-3, the optimizer of a run that names none."""
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class Run:
+    """One training run of a chain; `dgavg.fit.fit(run)` trains it.
+
+    `model` has a `featurizer` (inputs to (N, F)) and a `classifier` ((N, F) to (N, classes)).
+    `schedule(t)` multiplies the optimizer's learning rate. `evaluate(run)` returns the candidates'
+    scores on validation data, every `eval_every` steps and at the end (0: never); `stopping(scores
+    so far)` returns why to stop, or "". `precision` is `fp32` or `bf16` (autocast, weights stay
+    float32). `seed` seeds the draws of `run.random`; the global generators are the caller's.
+
+    Raises `UserError` for a chain that can't train on these domains.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        steps: int,
+        optimizer: OptimizerFactory = adam,
+        schedule: Callable[[int], float] = lambda t: 1.0,
+        evaluate: Callable[[Run], Scores] | None = None,
+        eval_every: int = 0,
+        stopping: Callable[[list[Scores]], str] = lambda scores: "",
+        precision: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        require(steps > 0, f"steps={steps}: a run has at least one step")
+        require(precision in ("fp32", "bf16"), f"precision={precision}: choose fp32 or bf16")
+        for part in ("featurizer", "classifier"):
+            require(
+                isinstance(getattr(model, part, None), nn.Module),
+                f"{type(model).__name__} has no {part}: wrap it as dgavg.models.Model(featurizer, "
+                "classifier)",
+            )
+        self.names = tuple(batches.names)
+        check(trainer, domains=len(self.names))
+        self.trainer, self.model, self.batches, self.steps = trainer, model, batches, steps
+        self.classes, self.epoch_length = batches.classes, batches.epoch_length
+        self.schedule, self.stopping = schedule, stopping
+        self.evaluate, self.eval_every = evaluate, eval_every or steps
+        self.precision, self.seed = precision, seed
+        self.device = next(model.parameters()).device
+        self.t = 0
+        self.stop = ""  # why training ended early
+        self.closed = False  # the phase after the last step is over
+        self.scores: list[Scores] = []
+        self.losses = LossLog(self.names)
+
+        links = list(trainer)[::-1]  # innermost first: the order of taps
+        self.live: Weights = model.state_dict()  # aliases of the live tensors, taken once
+        weights = {k for k, _ in model.named_parameters(remove_duplicate=False)}
+        self.buffer_names = frozenset(self.live.keys() - weights)
+        made = {link.name: link.module(self) for link in links}
+        self.extras = nn.ModuleDict({k: m for k, m in made.items() if m is not None})
+        self.extras.to(self.device)
+        self.parameters = [
+            p for m in (model, self.extras) for p in m.parameters() if p.requires_grad
+        ]
+        self.optimizer = optimizer(self.parameters)
+        self.base_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.taps: dict[str, list[Callable[..., None]]] = {
+            tap: [getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)]
+            for tap in TAPS
+        }
+        self.tap("setup")
+
+    # The way down a plane starts at the head again, so that a link sees links outside it too.
+    def step(self, batch: Batch) -> Loss:
+        """One update of the weights."""
+        return self.trainer.step(self, batch)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as the links make it."""
+        return self.trainer.prepare(self, batch)
+
+    def grad(self, batch: Batch) -> Loss:
+        """Leave the gradients of one update in `.grad`."""
+        return self.trainer.grad(self, batch)
+
+    def loss(self, batch: Batch) -> Loss:
+        """One forward pass and what every link adds to its loss."""
+        return self.trainer.loss(self, batch)
+
+    def lr(self) -> float:
+        """The learning rate of this step."""
+        return self.trainer.lr(self)
+
+    def at(self, setting: Schedule) -> float:
+        """The value of a setting at this step."""
+        return setting(self.t) if callable(setting) else setting
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and logits (N, classes) of inputs `x`, in float32."""
+        with self.autocast():
+            features = self.model.featurizer(x)  # type: ignore[operator]
+            logits = self.model.classifier(features)  # type: ignore[operator]
+        return features.float(), logits.float()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass in this run's precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to `.grad`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's moments, as a new one would; however often asked for, once."""
+        self.optimizer.state.clear()
+
+    def random(self, name: str) -> np.random.Generator:
+        """Random numbers for the link `name`: a pure function of (seed, step, name).
+
+        So a wrap that runs twice in a step draws the same, and nothing needs saving.
+        """
+        return np.random.default_rng([self.seed, self.t, zlib.crc32(name.encode())])
+
+    def step_of(self, start: float, setting: str) -> int:
+        """`start` as a step: a share of the run below 1, a number of steps from 1 on.
+
+        Raises `UserError` where that is past the end of the run.
+        """
+        step = round(start * self.steps) if start < 1 else int(start)
+        require(
+            step < self.steps,
+            f"{setting}={start:g} is past the end: the run has {self.steps} steps "
+            "(below 1 it is a share of them)",
+        )
+        return step
+
+    @torch.no_grad()
+    def tap(self, name: str, *args: Any) -> None:
+        """Call every link that has this tap, innermost first."""
+        for tap in self.taps[name]:
+            tap(self, *args)
+
+    def candidates(self) -> dict[str, Candidate]:
+        """The live weights, then those that the links offer, innermost first.
+
+        Raises `UserError` where two links offer one name.
+        """
+        found = {"live": Candidate(self.live)}
+        for link in list(self.trainer)[::-1]:
+            for name, candidate in link.candidates().items():
+                require(name not in found, f"{link.name!r} offers {name!r}, which is taken")
+                found[name] = candidate
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes while training: tensors (aliases), numbers, strings, lists and dicts."""
+        self.losses.flush(self.t)
+        return {
+            "chain": spec_of(self.trainer),
+            "t": self.t,
+            "stop": self.stop,
+            "closed": self.closed,
+            "scores": self.scores,
+            "losses": self.losses.state_dict(),
+            "model": dict(self.live),
+            "extras": dict(self.extras.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "links": {link.name: link.state_dict() for link in self.trainer},
+            "random": random_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, the global random generators too.
+
+        Raises `UserError` for the state of another chain or model.
+        """
+        spec = spec_of(self.trainer)
+        require(
+            saved.get("chain") == spec,
+            f"the checkpoint is of the chain {saved.get('chain')!r}, the run is {spec!r}",
+        )
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.extras.load_state_dict(saved["extras"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"the checkpoint is of another model or optimizer: {first}") from error
+        self.t, self.stop, self.closed = saved["t"], saved["stop"], saved["closed"]
+        self.scores = saved["scores"]
+        self.losses.load_state_dict(saved["losses"])
+        for link in self.trainer:
+            link.load_state_dict(saved["links"][link.name])
+        set_random_state(saved["random"])

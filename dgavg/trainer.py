@@ -1,0 +1,205 @@
+"""The protocol of a link: five wraps, five taps, two offers.
+
+The five rules:
+
+1. *Own plane: `self.inner`; lower plane: `run`.* `SAM.grad` calls `self.inner.grad` twice;
+   `Basic.grad` calls `run.loss`, which enters at the head of the chain, so a penalty that stands
+   outside SAM still counts. Order across planes makes no difference; order within a plane does.
+2. *Wraps are re-entrant; taps own time.* A wrap may run any number of times a step, so it never
+   advances a counter or an average: taps do.
+3. *A field is a setting or `state()`.* Settings are the constructor, the typed config and the
+   printout; `state()` fields are the checkpoint.
+4. *Live weights are written in place only* (`copy_`, `lerp_`, `torch._foreach_*`), never rebound:
+   `run.live` aliases them once.
+5. *Refuse, never repair.* No chain is reordered behind the user's back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
+
+from torch import Tensor, nn
+
+from dgavg.batch import Batch, Loss
+from dgavg.errors import UserError, require
+from dgavg.settings import check_type, fits
+
+if TYPE_CHECKING:
+    from dgavg.run import Run
+
+Weights = dict[str, Tensor]  # parameters and buffers by name
+Schedule = float | Callable[[int], float]  # a number, or a pure function of the step
+Scores = Mapping[str, Mapping[str, float]]  # candidate -> {"accuracy", "loss"} on validation data
+
+TRAINERS: dict[str, type[Trainer]] = {}
+TAPS = ("setup", "after_step", "after_eval", "after_epoch", "after_fit")
+POLICIES = ("keep", "average", "recalibrate")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Weights worth evaluating, and what happens to batch norm before they are.
+
+    `batchnorm`: `keep` uses the live model's running statistics, `average` those in `weights`,
+    `recalibrate` exact moments over the un-augmented images of the training domains.
+    """
+
+    weights: Weights
+    batchnorm: str = "keep"
+
+
+def state(factory: Callable[[], Any] = lambda: None) -> Any:
+    """A field that changes while training: never a setting, always saved and restored.
+
+    Its value is a number, a string, a tensor, `None`, a list or dict of those, or an object with
+    `state_dict` and `load_state_dict`.
+    """
+    return field(init=False, default_factory=factory)
+
+
+@dataclass(slots=True, eq=False)
+class Trainer:
+    """One link of a chain. Links are final: this is the only class they inherit.
+
+    `inner` is the link that this one decorates; only `basic` has none. Traits of a class:
+    `outermost` it rewrites the live weights, so it must come first; `min_domains` fewest training
+    domains that it means something for; `splits_domains` it hands its inner link batches of one
+    domain; `owns_step` it replaces the whole step, so no second such link can stand beside it.
+    """
+
+    inner: Trainer = None  # type: ignore[assignment]  # only basic has none, and never asks for it
+    name: ClassVar[str] = ""
+    outermost: ClassVar[bool] = False
+    min_domains: ClassVar[int] = 1
+    splits_domains: ClassVar[bool] = False
+    owns_step: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.inner is None or isinstance(self.inner, Trainer),
+            f"{type(self).__name__}({self.inner!r}): the first argument is the trainer to decorate,"
+            " such as Basic()",
+        )
+        kinds = get_type_hints(type(self))
+        for key, value in self.settings().items():
+            check_type(value, kinds[key], f"{self.name}.{key}")
+            if fits(0.0, kinds[key]) and fits(value, int):
+                setattr(self, key, float(value))  # 1 and 1.0 are one setting
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `UserError` for settings that make no sense."""
+
+    # Wraps. Call self.inner.<same> never, once or often; reach a lower plane through `run`.
+    def step(self, run: Run, batch: Batch) -> Loss:
+        """One update of the weights."""
+        return self.inner.step(run, batch)
+
+    def prepare(self, run: Run, batch: Batch) -> Batch:
+        """The batch that the step trains on."""
+        return self.inner.prepare(run, batch)
+
+    def grad(self, run: Run, batch: Batch) -> Loss:
+        """Leave the gradients of one update in `.grad`."""
+        return self.inner.grad(run, batch)
+
+    def loss(self, run: Run, batch: Batch) -> Loss:
+        """The loss and its terms."""
+        return self.inner.loss(run, batch)
+
+    def lr(self, run: Run) -> float:
+        """The learning rate of step `run.t`."""
+        return self.inner.lr(run)
+
+    # Taps. Never call inner: the run calls each link that has one, innermost first.
+    def setup(self, run: Run) -> None:
+        """Before the first step, and before a checkpoint is loaded."""
+
+    def after_step(self, run: Run) -> None:
+        """After each step; `run.t` counts it already."""
+
+    def after_eval(self, run: Run, scores: Scores) -> None:
+        """After each evaluation; `scores` never holds anything of the held-out domain."""
+
+    def after_epoch(self, run: Run) -> None:
+        """After every `run.epoch_length` steps, before an evaluation at the same step."""
+
+    def after_fit(self, run: Run) -> None:
+        """Once, after the last step: a phase of one's own. The candidates are scored once more."""
+
+    # Offers.
+    def module(self, run: Run) -> nn.Module | None:
+        """A module trained beside the model, reached as `run.extras[name]`."""
+        return None
+
+    def candidates(self) -> dict[str, Candidate]:
+        """Weights worth evaluating, by name; none before there are any."""
+        return {}
+
+    def __iter__(self) -> Iterator[Trainer]:
+        """The links, outermost first."""
+        link: Trainer | None = self
+        while link is not None:
+            yield link
+            link = link.inner
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of this link by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "inner"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The `state()` fields of this link by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
+        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in values.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        names = {f.name for f in fields(self) if not f.init}
+        require(
+            names == saved.keys(),
+            f"the state of {self.name!r} has {sorted(saved)}, not {sorted(names)}",
+        )
+        for key, value in saved.items():
+            current = getattr(self, key)
+            if hasattr(current, "load_state_dict"):
+                current.load_state_dict(value)
+            elif isinstance(current, Tensor):
+                current.copy_(value)
+            else:
+                setattr(self, key, value)
+
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(field, state))
+def trainer(name: str, **traits: bool | int) -> Callable[[type[T]], type[T]]:
+    """Make a class a link: slotted, so it cannot hide state; known by `name` in chains and configs.
+
+    `traits` are class attributes of `Trainer`: `outermost`, `min_domains`, `splits_domains`,
+    `owns_step`. Raises `UserError` for a name that a chain can't spell or that another class has.
+    """
+    require(
+        name.isascii() and name.isalnum() and name.islower(),
+        f"trainer name {name!r}: lower-case letters and digits only, '_' joins a chain",
+    )
+
+    def wrap(cls: type[T]) -> type[T]:
+        known = TRAINERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise UserError(f"trainer name {name!r} is taken by {known.__module__}")
+        if cls.__bases__ != (Trainer,):
+            raise UserError(f"{cls.__name__} must inherit Trainer and nothing else: links are final")
+        link: Any = dataclass(slots=True, eq=False, kw_only=True)(cls)
+        for key, value in {"name": name, **traits}.items():
+            require(hasattr(Trainer, key), f"no trait {key!r} of a trainer")
+            setattr(link, key, value)
+        TRAINERS[name] = link
+        return link  # type: ignore[no-any-return]
+
+    return wrap

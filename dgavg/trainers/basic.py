@@ -1,0 +1,51 @@
+"""Basic: empirical risk minimisation, the innermost link of every chain."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dgavg.batch import Batch, Loss
+from dgavg.run import Run
+from dgavg.trainer import Trainer, trainer
+
+
+@trainer("basic")
+class Basic(Trainer):
+    """Empirical risk minimisation: the mean cross-entropy of all training domains (Vapnik 1998).
+
+    Cost a step: one forward and one backward pass. The reference that every other link is measured
+    against (Gulrajani and Lopez-Paz 2021, arXiv 2007.01434).
+    """
+
+    def step(self, run: Run, batch: Batch) -> Loss:
+        """Prepare the batch, take the gradient, let the optimizer step."""
+        lr = run.lr()
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        loss = run.grad(run.prepare(batch))
+        run.optimizer.step()
+        return loss
+
+    def prepare(self, run: Run, batch: Batch) -> Batch:
+        """The batch as it is."""
+        return batch
+
+    def grad(self, run: Run, batch: Batch) -> Loss:
+        """The gradient of the chain's loss."""
+        run.optimizer.zero_grad()
+        loss = run.loss(batch)
+        run.backward(loss.total)
+        return loss
+
+    def loss(self, run: Run, batch: Batch) -> Loss:
+        """Mean cross-entropy of each domain, equally weighted."""
+        features, logits = run.forward(batch.x)
+        errors = F.cross_entropy(logits, batch.y, reduction="none")
+        risks = batch.by_domain(errors).mean(dim=1)
+        weights = torch.full_like(risks, 1.0 / batch.domains)
+        return Loss(risks, weights, logits, features, batch)
+
+    def lr(self, run: Run) -> float:
+        """The optimizer's learning rate times the run's schedule."""
+        return run.base_lr * run.schedule(run.t)

@@ -1,0 +1,1 @@
+"""Batches: change what the step trains on."""

@@ -1,0 +1,1 @@
+"""Gradients: change how the gradient of one update is taken."""

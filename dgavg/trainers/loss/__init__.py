@@ -1,0 +1,1 @@
+"""Penalties: add terms to the loss of the one forward pass."""

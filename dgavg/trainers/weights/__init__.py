@@ -1,0 +1,1 @@
+"""Weight averages: observe the live weights, offer candidates."""

@@ -1,0 +1,51 @@
+"""SMA: the mean of every iterate from a start on."""
+
+from __future__ import annotations
+
+from dgavg.averaging import RunningMean
+from dgavg.run import Run
+from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainers.weights.shadow import buffers_for, check_shadow, offer
+
+
+@trainer("sma")
+class SMA(Trainer):
+    """Simple moving average of all iterates from step `start` on (Arpit et al. 2022, 2110.10832).
+
+    A shadow: training is untouched, bit for bit. Offers `sma`.
+
+    - `start` (100, the paper's): a step, or below 1 a share of the run. The authors' code also
+      counts the iterate before it.
+    - `every` (1): steps between two iterates that count.
+    - `batchnorm` (`average`, as the paper): `keep`, `average` or `recalibrate`.
+
+    Cost: one copy of the weights in float32, one pass over them a step. Pays once training moves
+    around a plateau; from too early a start it drags the first steps along.
+    """
+
+    start: float = 100
+    every: int = 1
+    batchnorm: str = "average"
+    average: RunningMean | None = state()
+    first: int = state(int)
+
+    def validate(self) -> None:
+        """Refuse settings out of range."""
+        check_shadow("sma", self.start, self.every, self.batchnorm)
+
+    def setup(self, run: Run) -> None:
+        """Make room for the average."""
+        self.first = max(run.step_of(self.start, "sma.start"), 1)
+        self.average = RunningMean(
+            run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
+        )
+
+    def after_step(self, run: Run) -> None:
+        """Take in the iterate."""
+        if run.t >= self.first and (run.t - self.first) % self.every == 0:
+            assert self.average is not None
+            self.average.update(run.live)
+
+    def candidates(self) -> dict[str, Candidate]:
+        """The average."""
+        return offer("sma", self.average, self.batchnorm)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from dgavg.data import make_splits, seed_hash, split_keys
+
+
+def test_seed_hash_is_domainbeds():
+    assert [seed_hash(0, i) for i in range(4)] == [894182419, 1514274641, 1325548499, 1796103049]
+    assert seed_hash("a", 1) != seed_hash("a", 2)
+    assert seed_hash(0) != seed_hash(0, 0)
+
+
+def test_split_keys_is_domainbeds():
+    """Against the ten lines of DomainBed's split_dataset, which shuffles a list."""
+    for n, n_first, seed in [(1, 0, 3), (9, 4, 0), (2048, 409, seed_hash(0, 0))]:
+        keys = list(range(n))
+        np.random.RandomState(seed).shuffle(keys)
+        first, rest = split_keys(n, n_first, seed)
+        assert first.tolist() == keys[:n_first]
+        assert rest.tolist() == keys[n_first:]
+        assert first.dtype == rest.dtype == np.int64
+
+
+def test_split_keys_does_not_change_from_one_version_to_the_next():
+    first, rest = split_keys(10, 3, seed_hash(0, 0))
+    assert (first.tolist(), rest.tolist()) == FIXED
+
+
+FIXED = ([2, 3, 8], [1, 4, 5, 0, 9, 6, 7])
+
+
+def test_each_domain_is_split_by_trial_and_index(make_data):
+    data = make_data([50, 50, 29])
+    splits = make_splits(data, 0.2, 7)
+    assert [len(keys) for keys in splits.out] == [10, 10, 5]
+    for i, domain in enumerate(data.domains):
+        out, in_ = split_keys(len(domain), int(len(domain) * 0.2), seed_hash(7, i))
+        assert splits.out[i].tolist() == out.tolist()
+        assert splits.in_[i].tolist() == in_.tolist()
+        assert sorted([*splits.out[i], *splits.in_[i]]) == list(range(len(domain)))
+    assert splits.out[0].tolist() != splits.out[1].tolist()
+    assert splits.out[0].tolist() != make_splits(data, 0.2, 8).out[0].tolist()
+
+
+def test_leaves_the_global_random_state_alone(make_data):
+    before = np.random.get_state()[1].tolist()
+    make_splits(make_data([50, 50]), 0.2, 0)
+    assert np.random.get_state()[1].tolist() == before
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_refuses_a_fraction_that_is_none(make_data, refuses, fraction):
+    with refuses(f"protocol.holdout_fraction={fraction}", "between 0 and 1"):
+        make_splits(make_data([50, 50]), fraction, 0)
+
+
+def test_refuses_an_empty_part(make_data, refuses):
+    with refuses("the 3 images of domain 'domain1'", "0 for validation and 3 for training"):
+        make_splits(make_data([50, 3]), 0.2, 0)

@@ -1,0 +1,98 @@
+"""Building by name: what is found, what is refused, and with which words."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgavg.errors import UserError
+from dgavg.models import MODELS, Model, build_model, model, model_settings
+
+
+def test_the_models_and_their_summaries() -> None:
+    assert list(MODELS) == ["cnn", "mlp", "resnet18", "resnet50", "timm"]
+    for builder in MODELS.values():
+        assert builder.__doc__
+        summary = builder.__doc__.splitlines()[0]
+        assert 20 < len(summary) < 100
+        assert summary.endswith(".")
+
+
+def test_settings_have_types_and_defaults() -> None:
+    assert model_settings("cnn") == {}
+    assert model_settings("mlp") == {
+        "width": (int, 256),
+        "depth": (int, 2),
+        "batchnorm": (bool, True),
+        "dropout": (float, 0.0),
+    }
+    weights = (str | Path | None, None)
+    assert model_settings("resnet18") == model_settings("resnet50") == {"weights": weights}
+    assert model_settings("timm") == {
+        "backbone": (str, inspect.Parameter.empty),
+        "weights": weights,
+    }
+    with pytest.raises(UserError, match="no model 'cn'"):
+        model_settings("cn")
+
+
+def test_an_added_model_gets_sizes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "gone", MODELS["cnn"])
+    del MODELS["gone"]
+    seen: list[object] = []
+
+    @model("gone")
+    def build(input_shape: tuple[int, int, int], classes: int, *, gain: float = 1.0) -> Model:
+        """A model of this test alone."""
+        seen.extend([input_shape, classes, gain])
+        return Model(torch.nn.Flatten(), torch.nn.Linear(8, classes))
+
+    assert MODELS["gone"] is build
+    assert isinstance(build_model("gone", [2, 2, 2], 4, gain=3), Model)
+    assert seen == [(2, 2, 2), 4, 3]
+    with pytest.raises(UserError, match="model 'gone' is there already"):
+        model("gone")(build)
+    assert MODELS["gone"] is build
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "resnet81",
+            {},
+            r"^no model 'resnet81'; did you mean 'resnet18'\? Known: cnn, mlp, resnet18, .*timm$",
+        ),
+        (
+            "mlp",
+            {"widht": 8},
+            r"^model mlp: no setting 'widht' in model; did you mean 'width'\? "
+            r"Known: width, depth, batchnorm, dropout$",
+        ),
+        ("cnn", {"width": 8}, r"^model cnn: no setting 'width' in model; Known: none$"),
+        ("mlp", {"width": "8"}, r"model\.width='8' is not int"),
+        ("mlp", {"width": True}, r"model\.width=True is not int"),
+        ("mlp", {"batchnorm": 1}, r"model\.batchnorm=1 is not bool"),
+        ("resnet18", {"weights": 3}, r"model\.weights=3 is not str"),
+        ("timm", {}, r"^model timm: model\.backbone is missing: set it to str$"),
+        ("mlp", {"width": 0}, r"^model\.width=0 .*write 1 or more"),
+        ("mlp", {"depth": -1}, r"^model\.depth=-1 .*write 0 or more"),
+        ("mlp", {"dropout": 1.0}, r"^model\.dropout=1\.0 is outside \[0, 1\)"),
+        ("mlp", {"dropout": -0.1}, r"^model\.dropout=-0\.1 is outside"),
+    ],
+)
+def test_a_wrong_name_or_setting_is_one_line(
+    name: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build_model(name, (3, 8, 8), 2, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((3, 8), 2), ((3, 8, 0), 2), ((3, 8, 8.0), 2), ((3, 8, 8), 0)]
+)
+def test_sizes_must_be_positive_integers(shape: tuple[int, int, int], classes: int) -> None:
+    with pytest.raises(UserError, match="give channels, height, width and classes as positive"):
+        build_model("cnn", shape, classes)
