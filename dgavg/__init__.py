@@ -1,4 +1,4 @@
-"""dgavg: domain generalization by chains of trainers, any number of weight averages from one run."""
+"""dgavg: domain generalization by chains of trainers, any number of averages from one run."""
 
 from __future__ import annotations
 

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dgavg: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dgavg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "dgavg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that says what is wrong, where, and what to write instead."""
+"""Errors that a user can mend: one line of what is wrong, where, and what to write instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for. The command line prints it in one line and exits with 2."""
+    """A mistake in what the user asked for; the command line prints it and exits with 2."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -13,7 +13,7 @@ from dgavg.batch import Loss
 from dgavg.errors import UserError
 
 
-class NonFiniteLoss(UserError):
+class NonFiniteLossError(UserError):
     """A loss became NaN or infinite: names the step and the domain or term it happened in."""
 
 
@@ -40,7 +40,7 @@ class LossLog:
     def flush(self, t: int) -> None:
         """Fetch the rows written since the last flush; the newest one is that of step `t - 1`.
 
-        Raises `NonFiniteLoss`.
+        Raises `NonFiniteLossError`.
         """
         if not self._rows:
             return
@@ -63,7 +63,7 @@ class LossLog:
         bad = [k for k, v in found.items() if k != "total" and not math.isfinite(v)] or ["total"]
         kind, _, name = bad[0].partition("/")
         what = {"risk": f"the loss of domain {name!r}", "term": f"the term {name!r}"}
-        raise NonFiniteLoss(
+        raise NonFiniteLossError(
             f"step {step}: {what.get(kind, 'the total loss')} is {found[bad[0]]}; "
             "try a lower optimizer.lr or a smaller weight"
         )

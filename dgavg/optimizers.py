@@ -17,7 +17,11 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def adam(
-    parameters: Parameters, *, lr: float, weight_decay: float = 0.0, beta1: float = 0.9,
+    parameters: Parameters,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
     beta2: float = 0.999,
 ) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
@@ -26,7 +30,11 @@ def adam(
 
 
 def adamw(
-    parameters: Parameters, *, lr: float, weight_decay: float = 0.01, beta1: float = 0.9,
+    parameters: Parameters,
+    *,
+    lr: float,
+    weight_decay: float = 0.01,
+    beta1: float = 0.9,
     beta2: float = 0.999,
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
@@ -35,12 +43,20 @@ def adamw(
 
 
 def sgd(
-    parameters: Parameters, *, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+    parameters: Parameters,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
     return torch.optim.SGD(
-        parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov,
+        parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
         fused=True,
     )
 

@@ -111,7 +111,9 @@ class Run:
         self.optimizer = optimizer(self.parameters)
         self.base_lr = float(self.optimizer.param_groups[0]["lr"])
         self.taps: dict[str, list[Callable[..., None]]] = {
-            tap: [getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)]
+            tap: [
+                getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)
+            ]
             for tap in TAPS
         }
         self.tap("setup")
@@ -189,12 +191,12 @@ class Run:
             tap(self, *args)
 
     def candidates(self) -> dict[str, Candidate]:
-        """The live weights, then those that the links offer, innermost first.
+        """The live weights, then those that the links offer, in the chain's order.
 
         Raises `UserError` where two links offer one name.
         """
         found = {"live": Candidate(self.live)}
-        for link in list(self.trainer)[::-1]:
+        for link in self.trainer:
             for name, candidate in link.candidates().items():
                 require(name not in found, f"{link.name!r} offers {name!r}, which is taken")
                 found[name] = candidate

@@ -36,9 +36,7 @@ def set_random_state(saved: dict[str, Any]) -> None:
     version, keys, gauss = saved["python"]
     random.setstate((version, tuple(keys), gauss))
     words, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state(
-        ("MT19937", np.array(words, dtype=np.uint32), position, has_gauss, cached)
-    )
+    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"].cpu())
     if saved["cuda"]:
         torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda"]])

@@ -1,4 +1,4 @@
-"""Settings by name: checked against a signature, so that a misspelt or ill-typed one is an error."""
+"""Settings by name, checked against a signature: a misspelt or ill-typed one is an error."""
 
 from __future__ import annotations
 

@@ -194,7 +194,9 @@ def trainer(name: str, **traits: bool | int) -> Callable[[type[T]], type[T]]:
         ):
             raise UserError(f"trainer name {name!r} is taken by {known.__module__}")
         if cls.__bases__ != (Trainer,):
-            raise UserError(f"{cls.__name__} must inherit Trainer and nothing else: links are final")
+            raise UserError(
+                f"{cls.__name__} must inherit Trainer and nothing else: links are final"
+            )
         link: Any = dataclass(slots=True, eq=False, kw_only=True)(cls)
         for key, value in {"name": name, **traits}.items():
             require(hasattr(Trainer, key), f"no trait {key!r} of a trainer")

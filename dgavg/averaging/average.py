@@ -44,12 +44,16 @@ class WeightAverage:
         self.buffers = buffers
         tensors = named_tensors(source)
         if buffer_names is None and isinstance(source, nn.Module):
-            buffer_names = frozenset(tensors) - named_tensors(dict(source.named_parameters())).keys()
+            buffer_names = (
+                frozenset(tensors) - named_tensors(dict(source.named_parameters())).keys()
+            )
         copied = buffer_names if buffers == "copy" and buffer_names else frozenset()
         self._owner: dict[str, str] = {}  # name -> the name that stores its tensor
         seen: dict[Any, str] = {}
         for name, tensor in tensors.items():
-            self._owner[name] = seen.setdefault(same_memory(tensor), name) if tensor.numel() else name
+            self._owner[name] = (
+                seen.setdefault(same_memory(tensor), name) if tensor.numel() else name
+            )
         owners = {k: v for k, v in tensors.items() if self._owner[k] == k}
         floats = {k for k, v in owners.items() if v.is_floating_point() or v.is_complex()}
         self._averaged = {k: accumulator(v) for k, v in owners.items() if k in floats - copied}
@@ -96,7 +100,7 @@ class WeightAverage:
         return live, narrow
 
     def weights(self) -> dict[str, Tensor]:
-        """The average by name, in the model's dtypes: borrowed memory, not a copy, where they allow.
+        """The average by name, in the model's dtypes: borrowed memory where they allow, else copies.
 
         Raises `ValueError` before the first update.
         """

@@ -57,8 +57,8 @@ def batchnorm_recalibration(
 ) -> Iterator[None]:
     """Forward passes in this block give `model` its batch-norm statistics anew.
 
-    Inside, only the batch-norm `layers` (by default those that are in training mode, so frozen ones
-    stay) normalise by the batch; everything else is in evaluation mode. On leaving, their running
+    Inside, only the batch-norm `layers` (by default those in training mode, so frozen ones stay)
+    normalise by the batch; everything else is in evaluation mode. On leaving, their running
     statistics are the exact moments over all rows they saw, and every mode is as it was. Feed it
     batches that mix all domains: deeper layers see inputs normalised by the batch.
 

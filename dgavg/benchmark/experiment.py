@@ -47,6 +47,7 @@ class Experiment:
     precision: str
     evaluate_all: bool
     eval_batch_size: int
+    threads: int | None
     tensorboard: bool
     identity: Mapping[str, Any]
     folder: Path
@@ -80,13 +81,10 @@ def build(
     _check_choices(settings, protocol)
     _check_stopping(trainer, stopping)
     device = find_device(settings["device"])
-    if settings["threads"] is not None:
-        require(settings["threads"] > 0, f"threads={settings['threads']}: at least 1")
-        torch.set_num_threads(settings["threads"])
+    threads = settings["threads"]
+    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
     optimizer = dict(settings["optimizer"])
-    schedule = lr_schedule(
-        optimizer.pop("schedule"), optimizer.pop("warmup"), protocol["steps"]
-    )
+    schedule = lr_schedule(optimizer.pop("schedule"), optimizer.pop("warmup"), protocol["steps"])
     make_optimizer = optimizer_factory(**optimizer)
 
     data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
@@ -107,8 +105,9 @@ def build(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}"
     require(name not in ("", ".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
-    build_one = model or (lambda shape, classes: build_model(
-        input_shape=shape, classes=classes, **settings["model"]))
+    build_one = model or (
+        lambda shape, classes: build_model(input_shape=shape, classes=classes, **settings["model"])
+    )
     return Experiment(
         trainer=trainer,
         dataset=dataset,
@@ -123,6 +122,7 @@ def build(
         precision=settings["precision"],
         evaluate_all=settings["evaluate"] == "all",
         eval_batch_size=settings["eval_batch_size"],
+        threads=threads,
         tensorboard=settings["logger"] == "tensorboard",
         identity=identity,
         folder=Path(settings["runs"]) / name,
@@ -140,7 +140,11 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"]) from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
     require(
         (device.index or 0) < count.get(device.type, 0),
         f"device={name}: this machine has {count.get(device.type, 0)} of that kind; "

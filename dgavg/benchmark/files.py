@@ -48,13 +48,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(content, dict) and content.get("format") == FORMAT
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, BadZipFile, pickle.UnpicklingError):
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        BadZipFile,
+        pickle.UnpicklingError,
+    ):
         ours = False
     if not ours:
         raise UserError(
             f"{path} is truncated or not a checkpoint of dgavg; delete it to start this run anew"
         )
-    return content
+    return dict(content)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

@@ -31,12 +31,13 @@ from dgavg.errors import UserError, require
 from dgavg.evaluation import Scorer, Split, selected_step
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
-from dgavg.losslog import NonFiniteLoss
+from dgavg.losslog import NonFiniteLossError
 from dgavg.run import Run
 from dgavg.seeding import seed_everything
 from dgavg.trainer import Scores
 
 Watch = Callable[[Run], None]
+THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OMP_NUM_THREADS
 
 
 def run_fold(
@@ -91,6 +92,12 @@ class _Clock:
         return self.spent + time.perf_counter() - self.start
 
 
+def _threads_for(model: nn.Module) -> int:
+    """Threads for a model on a CPU: small matrix products lose more to threads than they gain."""
+    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    return THREADS if convolutional else 1
+
+
 class _Fold:
     """Builds the run of one fold and writes what it leaves."""
 
@@ -112,6 +119,7 @@ class _Fold:
             augment=protocol["augment"],
         )
         model: nn.Module = experiment.model(dataset.input_shape, len(dataset.classes))
+        torch.set_num_threads(experiment.threads or _threads_for(model))
         model.to(experiment.device)
         model.train()
         self.run = Run(
@@ -148,14 +156,14 @@ class _Fold:
             self.logger = tensorboard_writer(self.folder / "tensorboard", self.run.t)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
-        except NonFiniteLoss as error:
+        except NonFiniteLossError as error:
             good = (
                 f"the last good checkpoint, of step {self.records[-1]['step']}, is {checkpoint}"
                 if self.records
                 else "no checkpoint had been written yet"
             )
             where = f"hold out {self.held_out}, seed {self.seed}"
-            raise NonFiniteLoss(f"{error} ({where}; {good})") from None
+            raise NonFiniteLossError(f"{error} ({where}; {good})") from None
         finally:
             if self.logger is not None:
                 self.logger.close()
@@ -192,7 +200,7 @@ class _Fold:
         return found
 
     def _evaluate(self, run: Run) -> Scores:
-        """Score, record, keep the weights that selection would pick, and return validation alone."""
+        """Score, record, keep the weights that selection would pick; return validation alone."""
         candidates = run.candidates()
         scores = self.scorer.score(candidates)
         record = {

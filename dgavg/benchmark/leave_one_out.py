@@ -68,7 +68,9 @@ def leave_one_domain_out(
     with explained():
         config = compose([f"{k}={v}" for k, v in groups.items() if isinstance(v, str)])
         for key, value in given.items():
-            OmegaConf.update(config, key, list(value) if isinstance(value, tuple | range) else value)
+            OmegaConf.update(
+                config, key, list(value) if isinstance(value, tuple | range) else value
+            )
         composed = plain(config)
     experiment = build(
         composed,

@@ -154,7 +154,7 @@ def _gain(cells: Mapping[Any, float], live: Mapping[Any, float]) -> str:
 
 
 def _results(run: str, records: Sequence[Mapping[str, Any]], rule: str) -> Iterable[Result]:
-    for candidate in dict.fromkeys(k for r in records for k in r["candidates"]):
+    for candidate in records[-1]["candidates"]:  # the last has them all, in the chain's order
         index = selected_step(records, candidate, rule)
         if index is None:
             continue

@@ -48,7 +48,9 @@ class ChainSource(ConfigSource):
             {name: OmegaConf.structured(link_schema(cls)) for name, cls in links.items()}
         )
         return ConfigResult(
-            config=config, path=f"{self.scheme()}://{self.path}", provider=self.provider,
+            config=config,
+            path=f"{self.scheme()}://{self.path}",
+            provider=self.provider,
             header={"package": None},
         )
 

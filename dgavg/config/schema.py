@@ -65,7 +65,7 @@ class Settings:
 
 
 def link_schema(cls: type[Trainer]) -> type:
-    """A typed config of a link's settings, read off its fields: Python's defaults are the only ones."""
+    """A typed config of a link's settings, read off its fields: Python's defaults are the only."""
     kinds = get_type_hints(cls)
     settings = []
     for f in fields(cls):

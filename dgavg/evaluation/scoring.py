@@ -94,7 +94,7 @@ class Scorer:
 
     def _batches(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, split in self.splits.items():
-            parts = (t.split(self.batch_size) for t in (split.images, split.labels))
+            parts = (torch.split(t, self.batch_size) for t in (split.images, split.labels))
             for images, labels in zip(*parts, strict=True):
                 yield name, images.float().div_(255), labels
 
@@ -111,8 +111,12 @@ class Scorer:
             self._twins[name] = copy.deepcopy(self.model, memo=shared)
         twin = self._twins[name]
         weights = dict(candidate.weights)
-        statistics = [f"{k}.{b}" for k, m in self.model.named_modules() if isinstance(m, _BatchNorm)
-                      for b, _ in m.named_buffers(recurse=False)]
+        statistics = [
+            f"{k}.{b}"
+            for k, m in self.model.named_modules()
+            if isinstance(m, _BatchNorm)
+            for b, _ in m.named_buffers(recurse=False)
+        ]
         if candidate.batchnorm == "keep":
             live = self.model.state_dict()
             weights |= {k: live[k] for k in statistics}

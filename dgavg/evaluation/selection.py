@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgavg.errors import unknown
+from dgavg.errors import require, unknown
 
 RULES = {
     "validation": "best mean accuracy on the validation parts of the training domains",
@@ -42,6 +42,11 @@ def selected_step(records: Sequence[Mapping[str, Any]], candidate: str, rule: st
     def score(i: int) -> float:
         splits, held_out = records[i]["candidates"][candidate]["splits"], records[i]["held_out"]
         if rule == "oracle":
+            require(
+                f"{held_out}/out" in splits,
+                f"the oracle rule reads {held_out}/out, which this run did not score: train with "
+                "evaluate=all or protocol.selection=oracle",
+            )
             return float(splits[f"{held_out}/out"]["accuracy"])
         return validation_score(splits, held_out)
 

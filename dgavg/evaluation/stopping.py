@@ -26,7 +26,8 @@ class Stopping:
 
     def __call__(self, scores: Sequence[Scores]) -> str:
         """Why to stop now, or ""."""
-        losses = [s[self.candidate]["loss"] for s in scores if self.candidate in s]
+        name = self.candidate
+        losses = [s[name]["loss"] for s in scores if name in s] if name is not None else []
         if not losses:
             return ""
         since = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)

@@ -52,8 +52,7 @@ def timm_backbone(
 
     def create() -> Any:
         config = timm.models.get_pretrained_cfg(backbone)
-        fixed = getattr(config, "fixed_input_size", False)
-        if fixed and config.input_size[1:] != input_shape[1:]:
+        if getattr(config, "fixed_input_size", False):
             options["img_size"] = input_shape[1:]
         return timm.create_model(backbone, pretrained=weights == "default", **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dgavg.averaging.batchnorm import batchnorm_layers
 from dgavg.batch import Batch, Loss
@@ -34,7 +35,7 @@ class SAM(Trainer):
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradient at w + rho·g/‖g‖."""
         first = self.inner.grad(run, batch)
-        weights = [p for p in run.parameters if p.grad is not None]
+        weights: list[Tensor] = [p for p in run.parameters if p.grad is not None]
         with torch.no_grad():
             ascent = [p.grad.clone() for p in weights if p.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ascent)))

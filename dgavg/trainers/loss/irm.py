@@ -18,11 +18,11 @@ class IRM(Trainer):
     on the logits at 1, over the even and the odd rows: an unbiased estimate of the squared slope.
 
     - `weight` (100; usual 0.1 to 1e5).
-    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are reset,
-      as in DomainBed.
+    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are
+      reset, as in DomainBed.
 
-    Cost: none beyond the forward pass (the slopes have a closed form). Pays where a feature predicts
-    well in every training domain with different strength (ColoredMNIST, with the oracle rule); on
+    Cost: none beyond the forward pass (the slopes have a closed form). Pays where a feature
+    predicts well in every training domain with different strength (ColoredMNIST, with the oracle rule); on
     photographs it is rarely better than `basic`. Large weights from the first step stop learning.
     """
 

@@ -15,8 +15,8 @@ class VREx(Trainer):
     Adds weight · mean over domains of (risk − mean risk)².
 
     - `weight` (10; usual 0.1 to 1e5).
-    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are reset,
-      as in DomainBed.
+    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are
+      reset, as in DomainBed.
 
     Cost: none beyond the forward pass. Pays where domains differ in how well a spurious feature
     predicts (ColoredMNIST, with the oracle rule); it hurts where some domain is simply harder.

@@ -48,8 +48,8 @@ class MA(Trainer):
         """Make room for the average."""
         require(
             run.steps // run.epoch_length > self.start,
-            f"ma averages at the ends of epochs of {run.epoch_length} steps from epoch {self.start} "
-            f"on, but the run has only {run.steps} steps: train longer or lower ma.start",
+            f"ma averages at the ends of epochs of {run.epoch_length} steps from epoch {self.start}"
+            f" on, but the run has only {run.steps} steps: train longer or lower ma.start",
         )
         self.average = RunningMean(run.live, first_count=self.first_epoch + 1)
 

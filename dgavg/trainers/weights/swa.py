@@ -18,9 +18,8 @@ class SWA(Trainer):
     - `start` (0.5; the paper 0.75): a share of the run, or from 1 on a step; epochs that end from
       there on count.
     - `every` (1): epochs between two that count.
-    - `lr_final` (none): ease the learning rate to this constant on the way to `start`, from half of it on,
-      and keep it; the paper uses 1/2 to 1/10 of the initial one. Then other links see another
-      training.
+    - `lr_final` (none): ease the learning rate to this constant on the way to `start`, from half of
+      it on, and keep it; the paper uses 1/2 to 1/10 of the initial one.
     - `batchnorm` (`recalibrate`, as the paper): `keep`, `average` or `recalibrate`.
 
     Cost: one copy of the weights in float32; a pass over the training images an evaluation.
@@ -48,8 +47,8 @@ class SWA(Trainer):
         last = run.steps - run.steps % run.epoch_length
         require(
             last > 0 and last >= self.first,
-            f"swa averages at the ends of epochs, but none of {run.epoch_length} steps ends between "
-            f"steps {self.first} and {run.steps}: train longer, lower swa.start, or use sma",
+            f"swa averages at the ends of epochs, but none of {run.epoch_length} steps ends from "
+            f"step {self.first} to {run.steps}: train longer, lower swa.start, or use sma",
         )
         self.average = RunningMean(
             run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
