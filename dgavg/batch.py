@@ -51,4 +51,4 @@ class Loss:
     @property
     def total(self) -> Tensor:
         """The scalar to minimise: weighted risks plus all terms."""
-        return torch.stack([torch.dot(self.weights, self.risks), *self.terms.values()]).sum()
+        return sum(self.terms.values(), torch.dot(self.weights, self.risks))

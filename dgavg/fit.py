@@ -48,7 +48,7 @@ def evaluate(run: Run) -> None:
     if run.evaluate is not None:
         run.scores.append(run.evaluate(run))
         run.tap("after_eval", run.scores[-1])
-        run.stop = run.stopping(run.scores)
+        run.stop = run.stop or run.stopping(run.scores)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dgavg.averaging.parameters import (
     Named,
     accumulator,
-    check_names,
+    check_same,
     named_tensors,
+    plain_name,
     real,
     same_memory,
 )
@@ -44,23 +45,26 @@ class WeightAverage:
         self.buffers = buffers
         tensors = named_tensors(source)
         if buffer_names is None and isinstance(source, nn.Module):
-            buffer_names = (
-                frozenset(tensors) - named_tensors(dict(source.named_parameters())).keys()
-            )
-        copied = buffer_names if buffers == "copy" and buffer_names else frozenset()
-        self._owner: dict[str, str] = {}  # name -> the name that stores its tensor
+            weights = dict(source.named_parameters(remove_duplicate=False))
+            buffer_names = frozenset(tensors.keys() - named_tensors(weights).keys())
+        copied = {plain_name(k) for k in buffer_names or ()} if buffers == "copy" else set()
         seen: dict[Any, str] = {}
+        self._owner = {  # name -> the name that stores its tensor
+            name: seen.setdefault(same_memory(tensor), name) if tensor.numel() else name
+            for name, tensor in tensors.items()
+        }
+        self._averaged: dict[str, Tensor] = {}  # complex ones as pairs of real numbers
+        self._copied: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            self._owner[name] = (
-                seen.setdefault(same_memory(tensor), name) if tensor.numel() else name
-            )
-        owners = {k: v for k, v in tensors.items() if self._owner[k] == k}
-        floats = {k for k, v in owners.items() if v.is_floating_point() or v.is_complex()}
-        self._averaged = {k: accumulator(v) for k, v in owners.items() if k in floats - copied}
-        self._copied = {k: v.detach().clone() for k, v in owners.items() if k not in self._averaged}
-        self._dtypes = {k: v.dtype for k, v in owners.items()}
-        self._means = list(self._averaged.values())
-        self._plan: tuple[nn.Module | Named, list[Tensor], bool] | None = None
+            if self._owner[name] != name:
+                continue
+            if (tensor.is_floating_point() or tensor.is_complex()) and name not in copied:
+                self._averaged[name] = accumulator(tensor)
+            else:
+                self._copied[name] = tensor.detach().clone()
+        self._dtypes = {k: tensors[k].dtype for k in self._averaged}
+        self._plan: tuple[nn.Module | Named, list[Tensor], list[Tensor]] | None = None
+        self._narrow = False  # some live tensor is not in the dtype of its average
 
     def rate(self) -> float:
         """The weight of the newest model in the next update, in [0, 1]."""
@@ -69,54 +73,66 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, source: nn.Module | Named) -> None:
         """Take in the weights that `source` has now."""
-        live, narrow = self._live(source)
-        if narrow:
-            live = [t.to(m.dtype) for t, m in zip(live, self._means, strict=True)]
-        if self.count == 0:
-            torch._foreach_copy_(self._means, live)
-        else:
-            torch._foreach_lerp_(self._means, live, self.rate())
-        if self._copied:
-            tensors = named_tensors(source)
-            for name, copy in self._copied.items():
-                copy.copy_(tensors[name])
+        live, copied = self._live(source)
+        means = list(self._averaged.values())
+        if means and self.count == 0:
+            torch._foreach_copy_(means, live)
+        elif means:
+            if self._narrow:
+                live = [t.to(m.dtype) for t, m in zip(live, means, strict=True)]
+            torch._foreach_lerp_(means, live, self.rate())
+        if copied:
+            torch._foreach_copy_(list(self._copied.values()), copied)
         self.count += 1
 
-    def _live(self, source: nn.Module | Named) -> tuple[list[Tensor], bool]:
-        """The tensors to average, cached for a mapping, which aliases the same ones every time."""
+    def _live(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors to average and those to copy, in the order of `_averaged` and `_copied`.
+
+        Cached for a mapping, which aliases the same tensors every time.
+        """
         if self._plan is not None and self._plan[0] is source and isinstance(source, Mapping):
             return self._plan[1:]
         tensors = named_tensors(source)
-        check_names(list(self._owner), list(tensors))
-        for name, mean in (self._averaged | self._copied).items():
-            if real(tensors[name]).shape != mean.shape:
-                raise ValueError(
-                    f"another model: {name} is {tuple(tensors[name].shape)}, "
-                    f"the average {tuple(mean.shape)}"
-                )
+        stored = self._stored()
+        check_same({name: stored[k] for name, k in self._owner.items()}, tensors)
         live = [real(tensors[k].detach()) for k in self._averaged]
-        narrow = any(t.dtype != m.dtype for t, m in zip(live, self._means, strict=True))
-        self._plan = (source, live, narrow)
-        return live, narrow
+        copied = [tensors[k].detach() for k in self._copied]
+        self._plan = (source, live, copied)
+        self._narrow = any(
+            t.dtype != m.dtype for t, m in zip(live, self._averaged.values(), strict=True)
+        )
+        return live, copied
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What is stored, each tensor once, in the model's shapes but not always its dtypes."""
+        return {
+            k: torch.view_as_complex(v) if self._dtypes[k].is_complex else v
+            for k, v in self._averaged.items()
+        } | self._copied
 
     def weights(self) -> dict[str, Tensor]:
         """The average by name, in the model's dtypes: borrowed memory where they allow, else copies.
 
         Raises `ValueError` before the first update.
         """
-        if self.count == 0:
-            raise ValueError("no weights have been averaged yet")
-        stored = {
-            k: torch.view_as_complex(v) if self._dtypes[k].is_complex else v.to(self._dtypes[k])
-            for k, v in self._averaged.items()
-        } | self._copied
+        self._check_started()
+        stored = {k: v.to(self._dtypes.get(k, v.dtype)) for k, v in self._stored().items()}
         return {name: stored[owner] for name, owner in self._owner.items()}
 
     @torch.no_grad()
     def copy_to(self, target: nn.Module | Named) -> None:
-        """Write the average into the model, in place; copied tensors stay as the model has them."""
+        """Write the average into the model, in place; copied tensors stay as the model has them.
+
+        Raises `ValueError` before the first update.
+        """
+        self._check_started()
         live, _ = self._live(target)
-        torch._foreach_copy_(live, self._means)
+        if live:
+            torch._foreach_copy_(live, list(self._averaged.values()))
+
+    def _check_started(self) -> None:
+        if self.count == 0:
+            raise ValueError("no weights have been averaged yet")
 
     def state_dict(self) -> dict[str, Any]:
         """Count and tensors, as aliases."""
@@ -129,7 +145,7 @@ class WeightAverage:
         Raises `ValueError` for the state of another model.
         """
         mine = self._averaged | self._copied
-        check_names(list(mine), list(saved["tensors"]))
+        check_same(mine, saved["tensors"])
         for name, tensor in mine.items():
             tensor.copy_(saved["tensors"][name])
         self.count = saved["count"]

@@ -29,7 +29,8 @@ class _Moments:
 
     def take(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """A forward pre-hook; `inputs[0]` is (N, C, ...)."""
-        x = inputs[0].detach().transpose(0, 1).flatten(1).float()
+        x = inputs[0].detach().transpose(0, 1).flatten(1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         n = x.shape[1]
         var, mean = torch.var_mean(x, dim=1, correction=0)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -77,10 +78,11 @@ def batchnorm_recalibration(
             layer.train()
             layer.track_running_stats = False  # normalise by the batch, leave the statistics alone
         yield
-        if any(found.n == 0 for found in moments.values()):
+        if moments and not any(found.n for found in moments.values()):
             raise ValueError("batch norm was to be recalibrated, but no batch came")
         for layer, found in moments.items():
-            found.write(layer)
+            if found.n:  # a head that only training uses sees no batch
+                found.write(layer)
     finally:
         for hook in hooks:
             hook.remove()

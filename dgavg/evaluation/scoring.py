@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dgavg.averaging.batchnorm import batchnorm_layers, batchnorm_recalibration
+from dgavg.averaging.parameters import named_tensors, plain_name
 from dgavg.errors import require
 from dgavg.trainer import POLICIES, Candidate, Weights
 
@@ -67,6 +68,7 @@ class Scorer:
         Raises `UserError` for an unknown batch-norm policy.
         """
         twins = {name: self._twin(name, candidate) for name, candidate in candidates.items()}
+        self._twins = twins
         self._recalibrate([twins[k] for k, c in candidates.items() if c.batchnorm == "recalibrate"])
         for twin in twins.values():
             twin.eval()
@@ -74,7 +76,7 @@ class Scorer:
 
     def weights(self, name: str) -> Weights:
         """The weights that `name` was last scored with, recalibrated statistics included."""
-        return self._twins[name].state_dict()
+        return named_tensors(self._twins[name])
 
     def _by_candidate(self, twins: Mapping[str, nn.Module]) -> dict[str, dict[str, SplitScore]]:
         sums: dict[tuple[str, str], Tensor] = {}
@@ -106,25 +108,21 @@ class Scorer:
             f"candidate {name!r}: batch-norm policy {candidate.batchnorm!r}; choose one of "
             + ", ".join(POLICIES),
         )
-        if name not in self._twins:
-            shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-            self._twins[name] = copy.deepcopy(self.model, memo=shared)
-        twin = self._twins[name]
-        weights = dict(candidate.weights)
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        twin = copy.deepcopy(self.model, memo=shared)
+        live, theirs = self.model.state_dict(), named_tensors(candidate.weights)
+        weights = {k: theirs[plain_name(k)] for k in live if plain_name(k) in theirs}
         statistics = [
             f"{k}.{b}"
-            for k, m in self.model.named_modules()
+            for k, m in self.model.named_modules(remove_duplicate=False)
             if isinstance(m, _BatchNorm)
             for b, _ in m.named_buffers(recurse=False)
         ]
         if candidate.batchnorm == "keep":
-            live = self.model.state_dict()
             weights |= {k: live[k] for k in statistics}
         elif candidate.batchnorm == "recalibrate":
             weights |= {k: weights[k].clone() for k in statistics}
         twin.load_state_dict(weights, assign=True)
-        for theirs, mine in zip(self.model.modules(), twin.modules(), strict=True):
-            mine.training = theirs.training  # a frozen layer stays frozen in recalibration
         return twin
 
     def _recalibrate(self, twins: list[nn.Module]) -> None:

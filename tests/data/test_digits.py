@@ -7,6 +7,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import rotate
 
 from dgavg.data import load
+from dgavg.data.digits import _luma
 from dgavg.data.sources import mnist, npz, optdigits
 
 
@@ -216,6 +217,12 @@ def test_digits_in_grey_and_limited(four_sources):
     picture = Image.fromarray(source[order[0]].permute(1, 2, 0).contiguous().numpy()).convert("L")
     distance = data.domains[1].images[0, 0].numpy().astype(int) - shrunk(np.asarray(picture))
     assert np.abs(distance).max() <= 1
+
+
+def test_luma_is_pillows():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).convert("L"))
+    assert _luma(torch.from_numpy(pixels).movedim(-1, 0)[None])[0, 0].tolist() == expected.tolist()
 
 
 def test_real_digits(real_data):

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,20 @@ def test_workers_do_not_change_what_is_read(write_tree):
     one, many = load("folder", root=root, workers=1), load("folder", root=root, workers=8)
     for a, b in zip(one.domains, many.domains, strict=True):
         assert torch.equal(a.images, b.images)
+
+
+def test_workers_are_threads(write_tree, monkeypatch):
+    root, asked = write_tree(TREE), []
+
+    class Pool(module.ThreadPoolExecutor):
+        def __init__(self, workers):
+            asked.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    load("folder", root=root)
+    load("folder", root=root, workers=3)
+    assert asked == [os.cpu_count(), 3]
 
 
 def test_missing_and_empty_roots(tmp_path, refuses):

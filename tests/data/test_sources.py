@@ -109,6 +109,7 @@ X, Y = np.zeros((5, 16, 16), np.uint8), np.zeros(5, np.uint8)
         ({"x": X, "y": Y.astype(float)}, ["y float64"]),
         ({"x": X, "y": Y[:4]}, ["4 labels for 5 images"]),
         ({"x": X, "y": Y + 10}, ["outside 0..9"]),
+        ({"x": X, "y": Y.astype(int) - 1}, ["outside 0..9"]),
         ({"x": X[:0], "y": Y[:0]}, ["no label"]),
         ({"x": np.array([{}]), "y": Y}, ["cannot be read", "allow_pickle=False"]),
     ],
@@ -126,10 +127,22 @@ def test_refuses_what_is_no_npz(tmp_path, refuses):
     np.save(tmp_path / "array.npy", X)
     single = (tmp_path / "array.npy").read_bytes()
     flipped = whole[:200] + bytes(255 - b for b in whole[200:220]) + whole[220:]
-    for content in (b"", b"text", whole[:-100], whole[:50], single, flipped):
+    start = 30 + int.from_bytes(whole[26:28], "little") + int.from_bytes(whole[28:30], "little")
+    no_deflate = whole[:start] + b"\xff" + whole[start + 1 :]
+    for content in (b"", b"text", whole[:-100], whole[:50], single, flipped, no_deflate):
         path.write_bytes(content)
         with refuses(str(path), "cannot be read"):
             npz(str(tmp_path), "usps.npz", 16, 1)
+
+
+def test_a_disk_that_fails(tmp_path, monkeypatch, refuses):
+    def load(*_, **__):
+        raise OSError("Input/output error")
+
+    (tmp_path / "usps.npz").write_bytes(b"")
+    monkeypatch.setattr(np, "load", load)
+    with refuses(str(tmp_path / "usps.npz"), "Input/output error"):
+        npz(str(tmp_path), "usps.npz", 16, 1)
 
 
 def test_optdigits_are_scikit_learns():

@@ -1,0 +1,23 @@
+"""Settings under which every link that comes with dgavg acts within 12 toy steps."""
+
+ACTING = {
+    "basic": {},
+    "ma": {},
+    "sma": {"start": 2},
+    "ema": {"decay": 0.9},
+    "swa": {"start": 0.3},
+    "irm": {"weight": 1000.0, "anneal": 0},
+    "vrex": {"weight": 1000.0, "anneal": 0},
+    "coral": {"weight": 1000.0},
+    "mixup": {"alpha": 1.0},
+    "sam": {"rho": 0.5},
+}
+SHADOWS = ("sma", "ema", "swa")
+# The setting that switches a link off: training is then what it is without the link.
+NEUTRAL = {
+    "ma": {"feedback": False},
+    "irm": {"weight": 0.0},
+    "vrex": {"weight": 0.0},
+    "coral": {"weight": 0.0},
+    "sam": {"rho": 0.0},
+}

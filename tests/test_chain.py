@@ -1,0 +1,163 @@
+"""Names to chains, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dgavg import Trainer, UserError, chain, check, trainer
+from dgavg.chain import known_trainers, plugins, renew, settings_of, spec_of
+from dgavg.testing import toy_run
+from dgavg.trainers import EMA, IRM, MA, SWA, Basic
+
+
+def test_a_chain_by_name_is_the_chain_by_hand():
+    by_name = chain("ma_swa_irm_basic", irm={"weight": 10.0}, swa={"start": 0.7})
+    by_hand = MA(SWA(IRM(Basic(), weight=10.0), start=0.7))
+    assert spec_of(by_name) == spec_of(by_hand) == "ma_swa_irm_basic"
+    assert settings_of(by_name) == settings_of(by_hand)
+    assert settings_of(by_name)["irm"]["weight"] == 10.0
+
+
+def test_a_renewed_chain_has_the_settings_but_not_the_state():
+    head = MA(EMA(Basic(), decay=0.9))
+    run = toy_run(head)
+    run.step(run.batches(0))
+    run.t += 1
+    run.tap("after_step")
+    again = renew(head)
+    assert settings_of(again) == settings_of(head)
+    assert again.inner.average is None
+    assert head.inner.average.count == 1
+
+
+def test_settings_of_a_function_are_its_name():
+    head = IRM(Basic(), weight=ramp)
+    assert settings_of(head)["irm"]["weight"] == f"{__name__}.ramp"
+
+
+def ramp(t: int) -> float:
+    return 0.1 * t
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "message"),
+    [
+        ("ma_swda_basic", {}, r"no trainer 'swda' in 'ma_swda_basic'; did you mean 'swa'\?"),
+        ("ma__basic", {}, "no trainer ''"),
+        ("", {}, "no trainer ''"),
+        ("MA_basic", {}, r"no trainer 'MA'"),
+        ("irm_basic", {"irm": {"wieght": 1}}, r"no setting 'wieght' in trainer.irm; did you mean"),
+        ("irm_basic", {"ema": {"decay": 0.9}}, "no trainer 'ema' in 'irm_basic', though it has"),
+        ("ema_ema_basic", {}, "ema_ema_basic: 'ema' stands in the chain twice"),
+        ("ma_irm", {}, "ma_irm: a chain ends in 'basic', .* write ma_irm_basic"),
+        ("ma_basic_irm", {}, "write ma_irm_basic"),
+        ("irm_ma_basic", {}, "irm_ma_basic: 'ma' rewrites the live weights, .* write ma_irm_basic"),
+    ],
+)
+def test_a_chain_that_cannot_work_is_refused(spec, settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        chain(spec, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_domains_that_are_too_few_are_refused():
+    with pytest.raises(UserError, match="'coral' needs at least 2 training domains, here is 1"):
+        check(chain("coral_basic"), domains=1)
+    with pytest.raises(UserError, match="'vrex' needs at least 2"):
+        toy_run("vrex_basic", domains=1)
+    toy_run("irm_basic", domains=1)
+
+
+def test_a_link_that_compares_domains_is_refused_under_one_that_splits_them():
+    @trainer("bydomain", splits_domains=True)
+    class ByDomain(Trainer):
+        """Hands down a domain at a time."""
+
+    with pytest.raises(UserError, match="'coral' compares domains, but 'bydomain' feeds it one"):
+        chain("bydomain_coral_basic")
+    chain("bydomain_irm_basic")
+
+
+def test_two_links_that_replace_the_step_are_refused():
+    @trainer("stepa", owns_step=True)
+    class StepA(Trainer):
+        """Replaces the step."""
+
+    @trainer("stepb", owns_step=True)
+    class StepB(Trainer):
+        """Replaces the step."""
+
+    with pytest.raises(UserError, match="stepa and stepb each replace the step: choose one"):
+        chain("stepa_stepb_basic")
+
+
+def test_a_class_that_is_no_link_is_refused():
+    class Plain(Trainer):
+        """Not decorated."""
+
+    with pytest.raises(UserError, match="Plain is not a trainer: decorate it with @trainer"):
+        check(Plain(Basic()))
+
+
+PLUGIN = '''
+from dgavg import Trainer, trainer
+
+@trainer("halved")
+class Halved(Trainer):
+    """Halves the learning rate."""
+    factor: float = 0.5
+
+    def lr(self, run):
+        return self.factor * self.inner.lr(run)
+'''
+
+
+def test_a_link_of_another_package_is_usable_by_name_everywhere(tmp_path):
+    """A real package with metadata on the path, in a new process: found, listed, composed."""
+    (tmp_path / "dgavg_halved.py").write_text(PLUGIN)
+    info = tmp_path / "dgavg_halved-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dgavg-halved\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dgavg.trainers]\nhalved = dgavg_halved:Halved\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from dgavg.chain import known_trainers\n"
+        "from dgavg.config import compose\n"
+        "from dgavg.testing import check_link, is_shadow\n"
+        "assert 'halved' in known_trainers()\n"
+        "config = compose(['trainer=ma_halved_basic', 'trainer.halved.factor=0.25'])\n"
+        "assert list(config.trainer) == ['ma', 'halved', 'basic']\n"
+        "assert config.trainer.halved.factor == 0.25\n"
+        "check_link('halved', factor=0.1)\n"
+        "assert not is_shadow('halved_basic', {'halved': {'factor': 0.1}})\n"
+        "from dgavg.cli import main\n"
+        "raise SystemExit(main(['list', 'trainers']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "halved  Halves the learning rate." in done.stdout
+
+
+@pytest.fixture
+def broken_plugin(monkeypatch):
+    def load():
+        raise ImportError("no module named 'missing'")
+
+    found = SimpleNamespace(name="broken", value="package:Broken", load=load)
+    module = sys.modules["dgavg.chain"]  # `dgavg.chain` by attribute is the function
+    monkeypatch.setattr(module, "entry_points", lambda group: [found])
+    plugins.cache_clear()
+    yield
+    plugins.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_plugin")
+def test_a_plugin_that_does_not_load_harms_only_who_asks_for_it():
+    chain("ma_basic")
+    assert "broken" in known_trainers()
+    with pytest.raises(UserError, match=r"trainer 'broken' \(package:Broken\): no module named"):
+        chain("broken_basic")

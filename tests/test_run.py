@@ -1,0 +1,225 @@
+"""Run: what it hands to links, and saving and restoring it as a whole."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from dgavg import Candidate, Run, Trainer, UserError, fit, state, trainer
+from dgavg.chain import chain
+from dgavg.testing import ToyBatches, toy_model, toy_run
+from dgavg.testing.contract import same
+
+
+def test_live_aliases_the_model_and_is_taken_once():
+    run = toy_run("basic")
+    live = run.live
+    fit(run)
+    assert run.live is live
+    assert same(live, run.model.state_dict())
+    assert {k: v.data_ptr() for k, v in live.items()} == {
+        k: v.data_ptr() for k, v in run.model.state_dict().items()
+    }
+
+
+def test_taps_are_called_innermost_first_and_wraps_from_the_head():
+    calls = []
+
+    def link(name):
+        @trainer(name)
+        class Link(Trainer):
+            """Notes its calls."""
+
+            def after_step(self, run):
+                calls.append(f"tap {name}")
+
+            def loss(self, run, batch):
+                calls.append(f"wrap {name}")
+                return self.inner.loss(run, batch)
+
+        return Link
+
+    link("outer")
+    link("inside")
+    run = toy_run("outer_inside_basic", steps=1)
+    fit(run)
+    assert calls == ["wrap outer", "wrap inside", "tap inside", "tap outer"]
+
+
+def test_a_lower_plane_is_entered_at_the_head_of_the_chain():
+    """A link outside SAM still adds its term to both of SAM's passes."""
+    passes = []
+
+    @trainer("outside")
+    class Outside(Trainer):
+        """Counts the passes it takes part in."""
+
+        def loss(self, run, batch):
+            passes.append(run.t)
+            return self.inner.loss(run, batch)
+
+    fit(toy_run("outside_sam_basic", steps=2))
+    assert passes == [0, 0, 1, 1]
+
+
+def test_random_numbers_follow_from_seed_step_and_name():
+    run = toy_run("basic")
+    first = run.random("mixup").random(3).tolist()
+    assert run.random("mixup").random(3).tolist() == first
+    assert run.random("other").random(3).tolist() != first
+    run.t = 1
+    assert run.random("mixup").random(3).tolist() != first
+    run.t, run.seed = 0, 1
+    assert run.random("mixup").random(3).tolist() != first
+
+
+@pytest.mark.parametrize(("start", "step"), [(0, 0), (0.25, 3), (0.999, 12), (1, 1), (7, 7)])
+def test_a_start_is_a_share_below_1_and_a_step_from_1_on(start, step):
+    run = toy_run("basic")
+    if step == 12:
+        with pytest.raises(UserError, match="past the end: the run has 12 steps"):
+            run.step_of(start, "x.start")
+    else:
+        assert run.step_of(start, "x.start") == step
+
+
+def test_a_module_that_a_link_offers_is_trained_and_saved():
+    @trainer("scaler")
+    class Scaler(Trainer):
+        """Trains a temperature beside the model."""
+
+        def module(self, run):
+            return nn.Linear(3, 3)
+
+        def loss(self, run, batch):
+            out = self.inner.loss(run, batch)
+            out.terms["scaler"] = run.extras["scaler"](out.logits).square().mean()
+            return out
+
+    run = toy_run("ema_scaler_basic")
+    before = copy.deepcopy(run.extras.state_dict())
+    fit(run)
+    assert not same(dict(before), dict(run.extras.state_dict()))
+    assert set(run.state_dict()["extras"]) == {"scaler.weight", "scaler.bias"}
+    assert "scaler.weight" not in run.live
+    again = toy_run("ema_scaler_basic")
+    again.load_state_dict(run.state_dict())
+    assert same(dict(again.extras.state_dict()), dict(run.extras.state_dict()))
+
+
+def test_two_links_that_offer_one_candidate_name_are_refused():
+    @trainer("copycat")
+    class CopyCat(Trainer):
+        """Offers the name of another link."""
+
+        def candidates(self):
+            return {"ema": Candidate({})}
+
+    run = toy_run("copycat_ema_basic", steps=2)
+    with pytest.raises(UserError, match="'ema' offers 'ema', which is taken"):
+        fit(run)
+
+
+def test_the_optimizer_forgets_its_moments_once():
+    @trainer("reset")
+    class Reset(Trainer):
+        """Asks for a reset after step 3."""
+
+        def after_step(self, run):
+            if run.t == 3:
+                run.reset_optimizer()
+                run.reset_optimizer()
+
+    run = toy_run("reset_basic")
+    for t in range(4):
+        run.step(run.batches(t))
+        run.t += 1
+        run.tap("after_step")
+        if run.t == 3:
+            assert not run.optimizer.state
+    assert {int(s["step"]) for s in run.optimizer.state.values()} == {1}
+
+
+def test_a_checkpoint_of_another_chain_is_refused():
+    saved = toy_run("ema_basic").state_dict()
+    with pytest.raises(UserError, match="of the chain 'ema_basic', the run is 'sma_basic'"):
+        toy_run("sma_basic", {"sma": {"start": 2}}).load_state_dict(saved)
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    run = toy_run("basic")
+    saved = run.state_dict()
+    saved["model"] = {**saved["model"], "classifier.weight": torch.zeros(4, 8)}
+    with pytest.raises(UserError, match="of another model or optimizer: size mismatch"):
+        toy_run("basic").load_state_dict(saved)
+
+
+def test_a_checkpoint_holds_nothing_that_could_run_code():
+    run = toy_run("ma_sma_ema_swa_irm_mixup_sam_basic", {"sma": {"start": 2}})
+    fit(run)
+    file = io.BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=True), run.state_dict())
+
+
+def test_all_global_generators_are_restored():
+    import random
+
+    import numpy as np
+
+    run = toy_run("basic")
+    saved = copy.deepcopy(run.state_dict())
+    drawn = [random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+    run.load_state_dict(saved)
+    assert [random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()] == drawn
+
+
+def test_bf16_trains_and_keeps_weights_and_averages_in_float32():
+    run = Run(chain("ema_basic"), toy_model(), ToyBatches(), steps=8, precision="bf16")
+    fit(run)
+    features, logits = run.forward(run.batches(0).x)
+    assert features.dtype == logits.dtype == torch.float32
+    assert torch.equal(logits.bfloat16().float(), logits), "the forward pass was not in bfloat16"
+    assert {v.dtype for v in run.live.values()} == {torch.float32, torch.int64}
+    assert all(torch.isfinite(v).all() for v in run.live.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0: a run has at least one step"),
+        ({"precision": "fp8"}, "precision=fp8: choose fp32 or bf16"),
+        ({"model": nn.Linear(4, 3)}, "Linear has no featurizer: wrap it as dgavg.models.Model"),
+        ({"trainer": chain("coral_basic"), "batches": ToyBatches(1)}, "at least 2 training"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused(changes, message):
+    given = {"trainer": chain("basic"), "model": toy_model(), "batches": ToyBatches(), "steps": 3}
+    with pytest.raises(UserError, match=message):
+        Run(**{**given, **changes})
+
+
+def test_a_setting_may_be_a_function_of_the_step():
+    run = toy_run(chain("irm_basic", irm={"weight": lambda t: 10.0 * t, "anneal": 0}))
+    batch = run.batches(0)
+    assert run.loss(batch).terms["irm"].item() == 0
+    run.t = 2
+    twice = run.loss(batch).terms["irm"].item()
+    run.t = 4
+    assert run.loss(batch).terms["irm"].item() == pytest.approx(2 * twice)
+
+
+def test_state_that_is_no_setting_is_not_in_the_constructor():
+    @trainer("mine")
+    class Mine(Trainer):
+        """A link."""
+
+        count: int = state(int)
+
+    with pytest.raises(UserError, match="no setting 'count'"):
+        chain("mine_basic", mine={"count": 1})
