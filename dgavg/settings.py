@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import os
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dgavg.errors import UserError, unknown
 
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    types.NoneType: "null",
+}
+
 
 def fits(value: object, kind: Any) -> bool:
-    """Whether `value` is of the annotated type `kind`; an int is a float, a bool is neither.
+    """Whether `value` is of the annotated type `kind`.
+
+    An int is a float, a path a text, any sequence but a text a list or tuple; a bool is no number.
 
     >>> fits(1, float), fits(True, int), fits([0, 15], list[int]), fits("a", int | None)
     (True, False, True, False)
@@ -22,43 +34,36 @@ def fits(value: object, kind: Any) -> bool:
         return True
     if origin in (Union, types.UnionType):
         return any(fits(value, k) for k in args)
-    if origin is Literal:
-        return value in args
-    if kind is None or kind is types.NoneType:
-        return value is None
     if origin is collections.abc.Callable:
         return callable(value)
     if origin in (list, tuple, collections.abc.Sequence):
-        items = (
-            isinstance(value, collections.abc.Sequence)
-            and not isinstance(value, str)
-            and all(fits(v, args[0]) for v in value)
-        )
-        return items if args else isinstance(value, collections.abc.Sequence)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or kind)
+        listed = isinstance(value, collections.abc.Sequence) and not isinstance(value, str | bytes)
+        return listed and all(fits(v, args[0]) for v in value)  # type: ignore[attr-defined]
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, str | os.PathLike if kind is str else origin or kind)
 
 
-def kind_name(kind: Any) -> str:
-    """A type as a user would write it: `float`, `list[int]`, `int | None`."""
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " | ".join(kind_name(k) for k in get_args(kind))
-    if get_origin(kind) is collections.abc.Callable:
+def words(kind: Any) -> str:
+    """A type in plain words.
+
+    >>> words(int | None), words(list[float])
+    ('an integer or null', 'a list, each item a number')
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(k) for k in args)
+    if origin is collections.abc.Callable:
         return "a function of the step"
-    if kind is types.NoneType:
-        return "null"
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"a list, each item {words(args[0])}"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def check_type(value: object, kind: Any, name: str) -> None:
     """Raise `UserError` unless `value` is of the annotated type `kind`."""
     if not fits(value, kind):
-        raise UserError(f"{name}={value!r} is not {kind_name(kind)}")
+        raise UserError(f"{name}={value!r} must be {words(kind)}, not {type(value).__name__}")
 
 
 def keyword_settings(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -85,4 +90,4 @@ def check_settings(function: Callable[..., Any], settings: Mapping[str, Any], wh
         check_type(value, known[name][0], f"{where}.{name}")
     for name, (kind, default) in known.items():
         if default is inspect.Parameter.empty and settings.get(name) is None:
-            raise UserError(f"{where}.{name} is missing: set it to {kind_name(kind)}")
+            raise UserError(f"{where}.{name} is missing: set it to {words(kind)}")

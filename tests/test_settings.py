@@ -24,12 +24,12 @@ def build(
     [
         ({"lr": 0.1, "siez": 3}, "no setting 'siez' in data; did you mean 'size'"),
         ({"lr": 0.1, "shape": 3}, "no setting 'shape' in data"),
-        ({"lr": "fast"}, "data.lr='fast' is not float"),
-        ({"lr": 0.1, "size": 1.5}, "data.size=1.5 is not int"),
-        ({"lr": 0.1, "size": True}, "data.size=True is not int"),
-        ({"lr": 0.1, "names": "ab"}, "data.names='ab' is not"),
-        ({"lr": 0.1, "root": 3}, r"data.root=3 is not str \| null"),
-        ({}, "data.lr is missing: set it to float"),
+        ({"lr": "fast"}, "data.lr='fast' must be a number, not str"),
+        ({"lr": 0.1, "size": 1.5}, "data.size=1.5 must be an integer"),
+        ({"lr": 0.1, "size": True}, "data.size=True must be an integer"),
+        ({"lr": 0.1, "names": "ab"}, "data.names='ab' must be a list, each item a text"),
+        ({"lr": 0.1, "root": 3}, "data.root=3 must be a text or null"),
+        ({}, "data.lr is missing: set it to a number"),
     ],
 )
 def test_settings_that_do_not_fit_a_signature_are_refused(settings, message):

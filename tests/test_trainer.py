@@ -59,9 +59,12 @@ def test_an_unknown_trait_is_refused():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: IRM(Basic(), weight="ten"), r"irm.weight='ten' is not float \| a function"),
-        (lambda: EMA(Basic(), every=1.5), "ema.every=1.5 is not int"),
-        (lambda: EMA(Basic(), every=True), "ema.every=True is not int"),
+        (
+            lambda: IRM(Basic(), weight="ten"),
+            "irm.weight='ten' must be a number or a function of the step, not str",
+        ),
+        (lambda: EMA(Basic(), every=1.5), "ema.every=1.5 must be an integer, not float"),
+        (lambda: EMA(Basic(), every=True), "ema.every=True must be an integer, not bool"),
         (lambda: EMA(Basic(), decay=1.0), r"ema.decay=1.0: a number in \[0, 1\)"),
         (lambda: MA(EMA), "the first argument is the trainer to decorate"),
         (lambda: MA("ema"), "the first argument is the trainer to decorate"),

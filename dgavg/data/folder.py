@@ -30,7 +30,7 @@ def folder(
     size: int = 64,
     domains: list[str] | None = None,
     on_bad_image: str = "error",
-    name: str = "folder",
+    title: str = "folder",
     workers: int = 0,
 ) -> DomainDataset:
     """Any folder tree root/domain/class/image, such as PACS or OfficeHome (3×size×size).
@@ -40,9 +40,9 @@ def folder(
     is made RGB and resized whole to `size` × `size` pixels (Pillow's bilinear, antialiased). All
     are held in memory: 3 · size² bytes each.
 
-    `domains` keeps only these (null: every folder). `on_bad_image=skip` leaves images out that
-    cannot be read and says so in the notes. `workers` is how many threads decode (0: one for each
-    processor).
+    `title` is what tables call it. `domains` keeps only these (null: every folder).
+    `on_bad_image=skip` leaves images out that cannot be read and says so in the notes. `workers` is
+    how many threads decode (0: one for each processor).
 
     Raises `UserError` where root, a domain, a class or an image is missing or cannot be read, or
     where the images do not fit into memory.
@@ -64,7 +64,7 @@ def folder(
             pool.shutdown(cancel_futures=True)  # don't decode the rest first
             raise
     notes = (_note(bad, Path(root)),) if bad else ()
-    return DomainDataset(name, tuple(loaded), classes, notes)
+    return DomainDataset(title, tuple(loaded), classes, notes)
 
 
 def _tree(root: Path, wanted: list[str] | None) -> Tree:

@@ -110,8 +110,9 @@ class Scorer:
         )
         shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         twin = copy.deepcopy(self.model, memo=shared)
-        live, theirs = self.model.state_dict(), named_tensors(candidate.weights)
-        weights = {k: theirs[plain_name(k)] for k in live if plain_name(k) in theirs}
+        live = self.model.state_dict()
+        names = {plain_name(k): k for k in live}
+        weights = {names.get(k, k): v for k, v in named_tensors(candidate.weights).items()}
         statistics = [
             f"{k}.{b}"
             for k, m in self.model.named_modules(remove_duplicate=False)

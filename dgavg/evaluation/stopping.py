@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Stopping:
         losses = [s[name]["loss"] for s in scores if name in s] if name is not None else []
         if not losses:
             return ""
-        since = len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
+        losses = [math.inf if math.isnan(loss) else loss for loss in losses]
+        since = len(losses) - 1 - losses.index(min(losses))
         if since < self.patience:
             return ""
         return f"the validation loss of {self.candidate!r} has not fallen for {since} evaluations"

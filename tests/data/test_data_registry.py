@@ -36,28 +36,27 @@ def given(monkeypatch, make_data):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "passed"),
+    ("key", "value"),
     [
-        ("root", "a", "a"),
-        ("root", Path("a/b"), "a/b"),
-        ("size", 3, 3),
-        ("size", np.int64(3), 3),
-        ("rate", 2, 2.0),
-        ("rate", 0.25, 0.25),
-        ("on", True, True),
-        ("angles", [0, 15], (0.0, 15.0)),
-        ("angles", OmegaConf.create([0, 15]), (0.0, 15.0)),
-        ("names", ["x"], ["x"]),
-        ("names", ("x",), ["x"]),
-        ("names", None, None),
-        ("limit", None, None),
-        ("limit", 4, 4),
+        ("root", "a"),
+        ("root", Path("a/b")),
+        ("size", 3),
+        ("size", np.int64(3)),
+        ("rate", 2),
+        ("rate", 0.25),
+        ("on", True),
+        ("angles", [0, 15]),
+        ("angles", OmegaConf.create([0, 15])),
+        ("names", ["x"]),
+        ("names", ("x",)),
+        ("names", None),
+        ("limit", None),
+        ("limit", 4),
     ],
 )
-def test_settings_that_fit(given, key, value, passed):
+def test_settings_that_fit(given, key, value):
     load("probe", **{"root": "r", key: value})
-    assert given[key] == passed
-    assert type(given[key]) is type(passed)
+    assert given[key] == value
 
 
 @pytest.mark.parametrize(
@@ -79,15 +78,15 @@ def test_settings_that_fit(given, key, value, passed):
     ],
 )
 def test_settings_that_do_not_fit(given, refuses, key, value, words):
-    with refuses(f"data.{key}={value!r} of 'probe' must be {words}"):
+    with refuses(f"data.{key}={value!r} must be {words}"):
         load("probe", **{"root": "r", key: value})
     assert not given
 
 
 def test_unknown_and_missing_settings(given, refuses):
-    with refuses("no setting 'siez'", "'probe'", "did you mean 'size'", "root, size, rate"):
+    with refuses("no setting 'siez' in data", "did you mean 'size'", "root, size, rate"):
         load("probe", root="r", siez=3)
-    with refuses("'probe' needs the setting 'root'", "data.root="):
+    with refuses("data.root is missing: set it to a text"):
         load("probe")
 
 

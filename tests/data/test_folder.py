@@ -67,7 +67,7 @@ def test_other_files_are_passed_over(write_tree):
 def test_domains_chooses_and_order_does_not_matter(write_tree):
     root = write_tree({**TREE, "art": TREE["photo"], "broken": {}})
     (root / "broken").mkdir()
-    data = load("folder", root=root, domains=["sketch", "art"], name="mine")
+    data = load("folder", root=root, domains=["sketch", "art"], title="mine")
     assert data.names == ("art", "sketch")
     assert data.name == "mine"
 
@@ -214,7 +214,7 @@ def test_real_pacs(real_data, refuses):
 def test_real_pacs_is_what_image_folder_reads(real_data):
     root = real_data / "PACS"
     domains = ["art_painting", "cartoon", "photo", "sketch"]
-    data = load("folder", root=root, domains=domains, size=32, name="pacs")
+    data = load("folder", root=root, domains=domains, size=32, title="pacs")
     assert [len(domain) for domain in data.domains] == [2048, 2344, 1670, 3929]
     assert data.classes == ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
     images, labels, _ = as_image_folder(root / "photo", 32)

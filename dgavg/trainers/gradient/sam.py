@@ -35,14 +35,16 @@ class SAM(Trainer):
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradient at w + rho·g/‖g‖."""
         first = self.inner.grad(run, batch)
+        if self.rho == 0:
+            return first
         weights: list[Tensor] = [p for p in run.parameters if p.grad is not None]
         with torch.no_grad():
-            ascent = [p.grad.clone() for p in weights if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(ascent)))
-            torch._foreach_mul_(ascent, self.rho / (norm + 1e-12))
+            slopes = [p.grad for p in weights if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
             before = [p.detach().clone() for p in weights]
-            torch._foreach_add_(weights, ascent)
-        layers = [m for m in batchnorm_layers(run.model) if m.track_running_stats and m.training]
+            torch._foreach_add_(weights, torch._foreach_mul(slopes, self.rho / (norm + 1e-12)))
+        parts = (run.model, run.extras)
+        layers = [m for part in parts for m in batchnorm_layers(part) if m.track_running_stats]
         try:
             for layer in layers:
                 layer.track_running_stats = False

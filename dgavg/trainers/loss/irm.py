@@ -40,6 +40,11 @@ class IRM(Trainer):
         out.terms["irm"] = weight * penalty(out.logits, batch)
         return out
 
+    def setup(self, run: Run) -> None:
+        """Refuse batches that have no two halves."""
+        rows = len(run.batches(0).y) // len(run.names)
+        require(rows > 1, "irm needs at least 2 images of each domain a batch")
+
     def after_step(self, run: Run) -> None:
         """Reset the optimizer where the weight jumps."""
         if run.t == self.anneal:
