@@ -111,7 +111,7 @@ class WeightAverage:
         } | self._copied
 
     def weights(self) -> dict[str, Tensor]:
-        """The average by name, in the model's dtypes: borrowed memory where they allow, else copies.
+        """The average by name, in the model's dtypes: borrowed memory where they allow it.
 
         Raises `ValueError` before the first update.
         """

@@ -45,7 +45,7 @@ class _Moments:
         self.n = total
 
     def write(self, layer: _BatchNorm) -> None:
-        """Make these the running statistics of `layer`: the unbiased variance, as torch keeps it."""
+        """Make these the running statistics of `layer`: unbiased variance, as torch keeps it."""
         assert layer.running_mean is not None
         assert layer.running_var is not None
         layer.running_mean.copy_(self.mean)

@@ -8,9 +8,9 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from dgavg.chain import find_trainer, known_trainers
+from dgavg.chain import chain, find_trainer, known_trainers
 from dgavg.config.schema import link_schema
-from dgavg.errors import UserError
+from dgavg.errors import UserError, require
 
 
 class ChainSource(ConfigSource):
@@ -38,15 +38,23 @@ class ChainSource(ConfigSource):
         return group == "trainer" and spec != ""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The typed settings of every link of the chain."""
+        """The typed settings of every link of the chain.
+
+        A chain that `check` refuses is refused here, before any job of a multirun starts.
+        """
         spec = config_path.removesuffix(".yaml").rpartition("/")[2]
+        names = spec.split("_")
         try:
-            links = {name: find_trainer(name, spec) for name in spec.split("_")}
+            links = {name: find_trainer(name, spec) for name in names}
+            for name in names:
+                require(names.count(name) == 1, f"{spec}: {name!r} stands in the chain twice")
+            config = OmegaConf.create(
+                {name: OmegaConf.structured(link_schema(cls)) for name, cls in links.items()}
+            )
+            if not OmegaConf.missing_keys(config):
+                chain(spec)
         except UserError as error:
             raise ConfigLoadError(str(error)) from error
-        config = OmegaConf.create(
-            {name: OmegaConf.structured(link_schema(cls)) for name, cls in links.items()}
-        )
         return ConfigResult(
             config=config,
             path=f"{self.scheme()}://{self.path}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,10 @@ from omegaconf.errors import (
 )
 
 from dgavg.errors import UserError, unknown
+from dgavg.settings import words
+
+KINDS = {"data": "data set"}  # what a group is called, where that is not its name
+TYPES = {"Integer": int, "Float": float, "Boolean": bool, "String": str}
 
 
 @contextmanager
@@ -34,18 +39,27 @@ def explain(error: BaseException) -> UserError:
             return root
         if isinstance(root, MissingConfigException) and root.missing_cfg_file:
             group, _, name = str(root.missing_cfg_file).rpartition("/")
-            return unknown(group or "config", name, root.options or [])
+            return unknown(KINDS.get(group, group or "config"), name, root.options or [])
         if isinstance(root, ConfigKeyError | ConfigAttributeError) and root.key is not None:
             parent = root.parent_node
             keys = [str(k) for k in parent.keys()] if hasattr(parent, "keys") else []  # noqa: SIM118
             where = str(root.full_key or "").removesuffix(str(root.key)).rstrip(".")
-            return unknown("setting", root.key, keys, where)
+            if where == "trainer":
+                return unknown("trainer", root.key, keys, f"the chain {'_'.join(keys)!r}")
+            return unknown("setting", root.key, [k for k in keys if k != "hydra"], where)
         if isinstance(root, MissingMandatoryValue):
             return UserError(f"{root.full_key} is missing: write {root.full_key}=...")
         if isinstance(root, ValidationError):
-            return UserError(f"{root.full_key}: {_first_line(root)}")
+            return _wrong_type(root)
         root = root.__cause__ or root.__context__
     return UserError(_first_line(error))
+
+
+def _wrong_type(error: ValidationError) -> UserError:
+    found = re.match(r"Value '(.*)' .*could not be converted to (\w+)", _first_line(error))
+    if found is None or found[2] not in TYPES:
+        return UserError(f"{error.full_key}: {_first_line(error)}")
+    return UserError(f"{error.full_key}={found[1]} must be {words(TYPES[found[2]])}")
 
 
 def _first_line(error: BaseException) -> str:

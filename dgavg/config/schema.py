@@ -28,18 +28,18 @@ class ProtocolSettings:
     steps: int = REQUIRED
     batch_size: int = REQUIRED
     eval_every: int = REQUIRED
-    holdout_fraction: float = 0.2
-    test_split: str = "in"
-    selection: str = "validation"
-    augment: str = "none"
+    holdout_fraction: float = REQUIRED
+    test_split: str = REQUIRED
+    selection: str = REQUIRED
+    augment: str = REQUIRED
 
 
 @dataclass
 class StoppingSettings:
     """Early stopping; see `dgavg.evaluation.Stopping`."""
 
-    candidate: str | None = None
-    patience: int = 5
+    candidate: str | None = REQUIRED
+    patience: int = REQUIRED
 
 
 @dataclass
@@ -52,16 +52,16 @@ class Settings:
     optimizer: dict[str, Any] = field(default_factory=dict)
     protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
-    holdout: Any = "all"
-    seeds: Any = field(default_factory=lambda: [0, 1, 2])
-    device: str = "auto"
-    precision: str = "fp32"
-    threads: int | None = None
-    evaluate: str = "selection"
-    eval_batch_size: int = 512
-    logger: str | None = None
-    runs: str = "runs"
-    name: str | None = None
+    holdout: Any = REQUIRED
+    seeds: Any = REQUIRED
+    device: str = REQUIRED
+    precision: str = REQUIRED
+    threads: int | None = REQUIRED
+    evaluate: str = REQUIRED
+    eval_batch_size: int = REQUIRED
+    logger: str | None = REQUIRED
+    runs: str = REQUIRED
+    name: str | None = REQUIRED
 
 
 def link_schema(cls: type[Trainer]) -> type:

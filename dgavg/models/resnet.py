@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @model("resnet18")
 def resnet18(
-    input_shape: tuple[int, int, int], classes: int, *, weights: str | Path | None = None
+    input_shape: tuple[int, int, int], classes: int, *, weights: str | None = None
 ) -> Model:
     """ResNet-18 (He et al. 2015, arXiv 1512.03385), torchvision's, 512 features.
 
@@ -29,7 +28,7 @@ def resnet18(
 
 @model("resnet50")
 def resnet50(
-    input_shape: tuple[int, int, int], classes: int, *, weights: str | Path | None = None
+    input_shape: tuple[int, int, int], classes: int, *, weights: str | None = None
 ) -> Model:
     """ResNet-50 (He et al. 2015, arXiv 1512.03385), torchvision's, 2048 features.
 
@@ -40,7 +39,7 @@ def resnet50(
 
 
 def _resnet(
-    name: str, input_shape: tuple[int, int, int], classes: int, weights: str | Path | None
+    name: str, input_shape: tuple[int, int, int], classes: int, weights: str | None
 ) -> Model:
     """The network, its fully connected layer taken as the classifier."""
     import torchvision

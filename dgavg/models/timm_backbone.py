@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def timm_backbone(
     classes: int,
     *,
     backbone: str,
-    weights: str | Path | None = None,
+    weights: str | None = None,
 ) -> Model:
     """Any timm backbone by name, for example `backbone=tf_efficientnet_lite0`.
 

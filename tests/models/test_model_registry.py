@@ -1,7 +1,6 @@
 """Building by name: what is found, what is refused, and with which words."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ def test_settings_have_types_and_defaults() -> None:
         "batchnorm": (bool, True),
         "dropout": (float, 0.0),
     }
-    weights = (str | Path | None, None)
+    weights = (str | None, None)
     assert model_settings("resnet18") == model_settings("resnet50") == {"weights": weights}
     assert model_settings("timm") == {
         "backbone": (str, inspect.Parameter.empty),

@@ -22,8 +22,9 @@ class IRM(Trainer):
       reset, as in DomainBed.
 
     Cost: none beyond the forward pass (the slopes have a closed form). Pays where a feature
-    predicts well in every training domain with different strength (ColoredMNIST, with the oracle rule); on
-    photographs it is rarely better than `basic`. Large weights from the first step stop learning.
+    predicts well in every training domain with different strength (ColoredMNIST, with the oracle
+    rule); on photographs it is rarely better than `basic`. Large weights from the first step stop
+    learning.
     """
 
     weight: Schedule = 100.0
