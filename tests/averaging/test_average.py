@@ -192,7 +192,9 @@ def test_another_model_is_refused_by_its_first_differences(call):
     average.update(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"1 names missing \(bias\), 0 unknown \(none\)"):
         getattr(average, call)(nn.Linear(2, 2, bias=False))
-    with pytest.raises(ValueError, match=r"2 names missing \(weight, bias\), 2 unknown \(0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"2 names missing \(weight, bias\), 2 unknown \(0\.weight"
+    ):
         getattr(average, call)(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"weight is \(2, 3\), the average \(2, 2\)"):
         getattr(average, call)(nn.Linear(3, 2))

@@ -22,7 +22,8 @@ def test_two_thousand_updates_equal_the_mean_of_all_snapshots():
 
 
 @pytest.mark.parametrize(
-    ("first_count", "shares"), [(1, [0.25] * 4), (2, [0.4, 0.2, 0.2, 0.2]), (3, [3 / 6, *[1 / 6] * 3])]
+    ("first_count", "shares"),
+    [(1, [0.25] * 4), (2, [0.4, 0.2, 0.2, 0.2]), (3, [3 / 6, *[1 / 6] * 3])],
 )
 def test_the_first_snapshot_counts_as_often_as_asked(first_count, shares):
     live = {"w": torch.zeros(4)}

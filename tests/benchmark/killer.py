@@ -1,0 +1,108 @@
+"""Run `dgavg` commands one after another, each in a fork of this process, some of them killed.
+
+`python killer.py` reads a JSON list of [folder, arguments, moment] from standard input and prints
+the list of how each ended: its exit status, or minus the signal that killed it. A moment is null or
+one of
+
+- `["step", t]`: step t has changed the weights, and nothing has noticed yet;
+- `["evaluation", n]`: one batch of the n-th evaluation has been scored;
+- `["write", name, n]`: half of the bytes of the n-th file of that name are written;
+- `["renamed", name, n]`: that file is just in its place.
+
+The kill is `SIGKILL` to itself: nothing is cleaned up. What Python prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+
+from dgavg import cli, run
+from dgavg.benchmark import files
+from dgavg.evaluation import scoring
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_step(at: int) -> None:
+    step = run.Run.step
+
+    def patched(self, batch):
+        loss = step(self, batch)
+        if self.t == at:
+            die()
+        return loss
+
+    run.Run.step = patched
+
+
+def kill_in_evaluation(n: int) -> None:
+    batches, calls = scoring.Scorer._batches, []
+
+    def patched(self):
+        calls.append(1)
+        for i, batch in enumerate(batches(self)):
+            if len(calls) == n and i == 1:
+                die()
+            yield batch
+
+    scoring.Scorer._batches = patched
+
+
+def kill_in_write(kind: str, name: str, n: int) -> None:
+    write_atomically, calls = files.write_atomically, []
+
+    def patched(path, write):
+        calls.extend([1] if path.name == name else [])
+        mine = path.name == name and len(calls) == n
+
+        def half(file):
+            whole = io.BytesIO()
+            write(whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            die()
+
+        write_atomically(path, half if mine and kind == "write" else write)
+        if mine:
+            die()
+
+    files.write_atomically = patched
+
+
+def child(folder: str, arguments: list[str], moment: list | None) -> None:
+    os.chdir(folder)
+    os.dup2(2, 1)
+    if moment is not None:
+        kind, *rest = moment
+        if kind == "step":
+            kill_in_step(*rest)
+        elif kind == "evaluation":
+            kill_in_evaluation(*rest)
+        else:
+            kill_in_write(kind, *rest)
+    status = cli.main(arguments)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    ends = []
+    for folder, arguments, moment in json.load(sys.stdin):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(folder, arguments, moment)
+            finally:
+                os._exit(1)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Selection rules on records made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dgavg import UserError
+from dgavg.evaluation import selected_step
+from dgavg.evaluation.selection import validation_score
+
+
+def record(held_out="c", **candidates):
+    """A record; a candidate is its accuracies on a/out, b/out and, where given, c/out."""
+    names = ("a/out", "b/out", "c/out")
+    return {
+        "held_out": held_out,
+        "candidates": {
+            name: {
+                "splits": {
+                    "c/in": {"accuracy": 0.9},
+                    **{k: {"accuracy": v} for k, v in zip(names, values, strict=False)},
+                }
+            }
+            for name, values in candidates.items()
+        },
+    }
+
+
+def test_validation_takes_the_best_mean_over_training_domains():
+    records = [record(live=(0.9, 0.1)), record(live=(0.6, 0.6)), record(live=(0.3, 0.8))]
+    assert selected_step(records, "live", "validation") == 1
+
+
+@pytest.mark.parametrize("rule", ["validation", "oracle"])
+def test_the_first_of_ties_is_taken(rule):
+    records = [record(live=(0.1, 0.1, 0.1)), *[record(live=(0.5, 0.5, 0.5)) for _ in range(3)]]
+    assert selected_step(records, "live", rule) == 1
+
+
+@pytest.mark.parametrize("held_out_accuracies", [(0.0, 0.0, 0.0), (1.0, 0.0, 0.5), (0.0, 1.0, 1.0)])
+def test_validation_never_reads_the_held_out_domain(held_out_accuracies):
+    seen = [(0.5, 0.4), (0.5, 0.6), (0.5, 0.5)]
+    records = [record(live=(*s, h)) for s, h in zip(seen, held_out_accuracies, strict=True)]
+    for r, h in zip(records, held_out_accuracies, strict=True):
+        r["candidates"]["live"]["splits"]["c/in"]["accuracy"] = 1 - h
+    assert selected_step(records, "live", "validation") == 1
+
+
+def test_validation_never_reads_training_images():
+    records = [record(live=(0.5, 0.5)), record(live=(0.4, 0.4))]
+    records[1]["candidates"]["live"]["splits"]["a/in"] = {"accuracy": 1.0}
+    assert selected_step(records, "live", "validation") == 0
+
+
+def test_the_last_rule_takes_the_last_record_of_the_candidate():
+    records = [record(live=(0.9, 0.9), ema=(0.9, 0.9)), record(live=(0.1, 0.1))]
+    assert selected_step(records, "live", "last") == 1
+    assert selected_step(records, "ema", "last") == 0
+
+
+def test_the_oracle_reads_the_held_out_domain():
+    records = [record(live=(0.9, 0.9, 0.1)), record(live=(0.1, 0.1, 0.9))]
+    assert selected_step(records, "live", "oracle") == 1
+
+
+def test_the_oracle_is_refused_where_the_held_out_domain_was_not_scored():
+    records = [record(live=(0.9, 0.9)), record(live=(0.9, 0.9))]
+    with pytest.raises(UserError, match=r"the oracle rule reads c/out, which this run did not"):
+        selected_step(records, "live", "oracle")
+
+
+def test_a_candidate_that_came_late_is_selected_among_its_own_records():
+    records = [record(live=(0.9, 0.9)), record(live=(0.1, 0.1), swa=(0.2, 0.2))]
+    records.append(record(live=(0.1, 0.1), swa=(0.3, 0.3)))
+    assert selected_step(records, "swa", "validation") == 2
+    assert selected_step(records[:2], "swa", "validation") == 1
+
+
+@pytest.mark.parametrize("rule", ["validation", "last", "oracle"])
+def test_a_candidate_that_never_came_has_no_record(rule):
+    assert selected_step([record(live=(0.9, 0.9, 0.9))], "swa", rule) is None
+    assert selected_step([], "live", rule) is None
+
+
+def test_an_unknown_rule_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"no selection rule 'orcale'; did you mean 'oracle'?"):
+        selected_step([], "live", "orcale")
+
+
+def test_the_validation_score_is_the_mean_over_training_domains_alone():
+    splits = record(live=(0.2, 0.6, 1.0))["candidates"]["live"]["splits"]
+    assert validation_score(splits, "c") == pytest.approx(0.4)
+    assert validation_score(splits, "a") == pytest.approx(0.8)
+    assert math.isnan(validation_score({"c/out": {"accuracy": 1.0}}, "c"))
