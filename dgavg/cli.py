@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dgavg.benchmark.experiment import build
 from dgavg.benchmark.leave_one_out import run_experiment
 from dgavg.benchmark.table import Runs, read_runs, tables
-from dgavg.chain import find_trainer, known_trainers, setting_names
+from dgavg.chain import find_trainer, known_trainers
 from dgavg.config import CONF, explained, plain, register
+from dgavg.config.schema import link_schema
 from dgavg.data import DATASETS
 from dgavg.errors import UserError, unknown
 from dgavg.models import MODELS
+from dgavg.settings import keyword_settings
+
+SETTING = re.compile(r"(\+{0,2}|~)[\w@:./-]+=.*|~[\w@:./-]+", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = {"list": show_list, "report": report}.get(given[0]) if given else None
     try:
         with explained():
-            if command is not None:
-                command(given[1:])
+            if given and given[0] in COMMANDS:
+                COMMANDS[given[0]](given[1:])
             else:
                 train(given)
     except UserError as error:
@@ -39,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dgavg: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # of --help
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print(
             "dgavg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
@@ -49,13 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: list[str]) -> None:
     """Compose the settings, train every fold and seed, and print one table for all chains."""
-    for i, word in enumerate(arguments):
-        if word == "--seed":
-            if len(arguments) < i + 2:
-                raise UserError("--seed needs a number, such as --seed 0")
-            arguments = [*arguments[:i], f"seeds=[{arguments[i + 1]}]", *arguments[i + 2 :]]
-    _refuse_unknown_options(arguments)
-    register()
     runs: Runs = {}
     failed: list[UserError] = []
 
@@ -63,68 +64,125 @@ def train(arguments: list[str]) -> None:
         try:
             with explained():
                 runs.update(run_experiment(build(plain(config))))
-        except UserError as error:  # Hydra would print it its own way
+        except UserError as error:  # the other jobs of a multirun go on
             failed.append(error)
 
+    register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole; we print them in one line
-    before, sys.argv = sys.argv, ["dgavg", *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
-    finally:
-        sys.argv = before
-    for error in failed[:-1]:
-        print(f"dgavg: {error}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:  # for what Hydra writes about a multirun
+        before, sys.argv = sys.argv, ["dgavg", *_for_hydra(arguments, scratch)]
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+        finally:
+            sys.argv = before
     if runs:  # none where Hydra only printed something
         print("\n\n".join(str(table) for table in tables(runs)))
+    for error in failed[:-1]:
+        print(f"dgavg: {error}", file=sys.stderr)
     if failed:
         raise failed[-1]
 
 
-def _refuse_unknown_options(arguments: list[str]) -> None:
+def _for_hydra(arguments: list[str], scratch: str) -> list[str]:
+    """The arguments as Hydra takes them: options first, `--seed N` spelt as a setting.
+
+    Raises `UserError` for what is neither an option nor a setting.
+    """
+
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; settings are SETTING=VALUE, see dgavg --help")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    parser.allow_abbrev = False
+    parser.add_argument("--seed")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = options.overrides
+    for word in overrides:
+        if SETTING.fullmatch(word) is None:
+            near = unknown("command", word, COMMANDS) if word.isalpha() else f"no setting {word!r}"
+            refuse(str(near))
+    flags = list(arguments)
+    for word in overrides:
+        flags.remove(word)
+    if options.seed is not None:
+        at = next(i for i, word in enumerate(flags) if word.partition("=")[0] == "--seed")
+        del flags[at : at + 1 + ("=" not in flags[at])]
+        overrides = [*overrides, f"seeds=[{options.seed}]"]
+    if options.multirun:
+        overrides = [f"hydra.sweep.dir='{scratch}'", *overrides]
+    return [*flags, *overrides]
 
 
 def report(arguments: list[str]) -> None:
     """Print the table of finished runs."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; write dgavg report [FOLDER ...] [--rule RULE]")
+
     parser = argparse.ArgumentParser("dgavg report", description=report.__doc__)
+    parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
     parser.add_argument("--rule", help="selection rule: validation, last or oracle")
-    options = parser.parse_args(arguments)
-    found = tables(read_runs(options.folders), options.rule)
-    print("\n\n".join(str(table) for table in found))
+    options = parser.parse_intermixed_args(arguments)
+    runs, unfinished = read_runs(options.folders)
+    print("\n\n".join(str(table) for table in tables(runs, options.rule)))
+    if unfinished:
+        print(f"dgavg: left out {unfinished} run(s) that have not ended", file=sys.stderr)
 
 
 def show_list(arguments: list[str]) -> None:
-    """Print the trainers, data sets, models or protocols there are, or the card of one trainer."""
+    """Print the trainers, data sets, models or protocols there are, or the card of one of them."""
     kinds: dict[str, Callable[[], dict[str, str]]] = {
-        "trainers": lambda: {k: _summary(find_trainer(k)) for k in known_trainers()},
-        "data": lambda: {k: _summary(v) for k, v in sorted(DATASETS.items())},
-        "models": lambda: {k: _summary(v) for k, v in sorted(MODELS.items())},
+        "trainers": lambda: {k: inspect.getdoc(find_trainer(k)) or "" for k in known_trainers()},
+        "data": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(DATASETS.items())},
+        "models": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(MODELS.items())},
         "protocols": lambda: {
-            p.stem: p.read_text().splitlines()[0].lstrip("# ")
+            p.stem: p.read_text().removeprefix("# ")
             for p in sorted((CONF / "protocol").glob("*.yaml"))
         },
     }
-    if not arguments or arguments[0] not in kinds:
-        raise unknown("list", arguments[0] if arguments else "", kinds)
-    if arguments[0] == "trainers" and len(arguments) > 1:
-        cls = find_trainer(arguments[1])
-        print(f"{cls.name}: {inspect.getdoc(cls)}\n\nsettings: {', '.join(setting_names(cls))}")
+    if not 1 <= len(arguments) <= 2:
+        raise UserError("list what? Write dgavg list trainers|data|models|protocols [NAME]")
+    kind, *names = arguments
+    if kind not in kinds:
+        raise unknown("list", kind, kinds)
+    entries = kinds[kind]()
+    for name in names:
+        if name not in entries:
+            raise unknown({"data": "data set"}.get(kind, kind.rstrip("s")), name, entries)
+        print("\n".join([f"{name}: {entries[name].rstrip()}", *_settings(kind, name)]))
         return
-    entries = kinds[arguments[0]]()
     width = max(map(len, entries))
-    for name, summary in entries.items():
-        print(f"{name.ljust(width)}  {summary}")
+    for name, text in entries.items():
+        print(f"{name.ljust(width)}  {text.partition(chr(10))[0]}")
 
 
-def _summary(thing: object) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
+def _settings(kind: str, name: str) -> list[str]:
+    """The lines about the settings of one entry and their defaults."""
+    if kind == "protocols":
+        return []  # its text is its settings
+    values: Any
+    if kind == "trainers":
+        prefix = f"trainer.{name}"
+        values = OmegaConf.to_container(OmegaConf.structured(link_schema(find_trainer(name))))
+    else:
+        prefix = "data" if kind == "data" else "model"
+        made = DATASETS[name] if kind == "data" else MODELS[name]
+        values = {k: default for k, (_, default) in keyword_settings(made).items()}
+    required = ("???", inspect.Parameter.empty)
+    shown = [f"  {prefix}.{k}={'...' if v in required else _yaml(v)}" for k, v in values.items()]
+    return ["", *shown] if shown else []
 
+
+def _yaml(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_yaml, value))}]"
+    return json.dumps(value) if isinstance(value, bool) or value is None else str(value)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"list": show_list, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,8 +19,8 @@ def require(condition: bool, message: str) -> None:
 def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -> UserError:
     """The error for a name that does not exist, with the nearest one that does.
 
-    >>> print(unknown("trainer", "swda", ["swa", "swad"]))
-    no trainer 'swda'; did you mean 'swad'? Known: swa, swad
+    >>> print(unknown("trainer", "sward", ["swa", "swad"]))
+    no trainer 'sward'; did you mean 'swad'? Known: swa, swad
     """
     names = [str(k) for k in known]
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -47,6 +47,15 @@ class Batches(Protocol):
 def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam at 1e-3, the optimizer of a run that names none."""
     return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Nested dicts and lists with their tensors on `device`."""
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_device(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class Run:
@@ -174,8 +183,9 @@ class Run:
     def step_of(self, start: float, setting: str) -> int:
         """`start` as a step: a share of the run below 1, a number of steps from 1 on.
 
-        Raises `UserError` where that is past the end of the run.
+        Raises `UserError` where that is no whole step or past the end of the run.
         """
+        require(start < 1 or start == int(start), f"{setting}={start:g}: a whole step, or below 1")
         step = round(start * self.steps) if start < 1 else int(start)
         require(
             step < self.steps,
@@ -241,5 +251,5 @@ class Run:
         self.scores = saved["scores"]
         self.losses.load_state_dict(saved["losses"])
         for link in self.trainer:
-            link.load_state_dict(saved["links"][link.name])
+            link.load_state_dict(to_device(saved["links"][link.name], self.device))
         set_random_state(saved["random"])

@@ -10,6 +10,8 @@ import torch
 import dgavg.trainers  # noqa: F401  (its links are in the registry before any test copies it)
 from dgavg.trainer import TRAINERS
 
+collect_ignore = ["benchmarks"]  # measurements, run by hand
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:

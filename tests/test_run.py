@@ -77,6 +77,11 @@ def test_random_numbers_follow_from_seed_step_and_name():
     assert run.random("mixup").random(3).tolist() != first
 
 
+def test_a_start_between_two_steps_is_refused():
+    with pytest.raises(UserError, match=r"x.start=2\.5: a whole step, or below 1"):
+        toy_run("basic").step_of(2.5, "x.start")
+
+
 @pytest.mark.parametrize(("start", "step"), [(0, 0), (0.25, 3), (0.999, 12), (1, 1), (7, 7)])
 def test_a_start_is_a_share_below_1_and_a_step_from_1_on(start, step):
     run = toy_run("basic")
@@ -223,3 +228,22 @@ def test_state_that_is_no_setting_is_not_in_the_constructor():
 
     with pytest.raises(UserError, match="no setting 'count'"):
         chain("mine_basic", mine={"count": 1})
+
+
+def test_a_tensor_that_a_link_came_to_hold_is_restored_on_the_device_of_the_run():
+    @trainer("collects")
+    class Collects(Trainer):
+        """Holds nothing until its first step."""
+
+        seen: object = state()
+
+        def after_step(self, run):
+            self.seen = {"logits": [torch.ones(2, device=run.device)]}
+
+    run = toy_run("collects_basic", steps=1)
+    fit(run)
+    saved = copy.deepcopy(run.state_dict())
+    again = toy_run("collects_basic", steps=1)
+    again.device = torch.device("meta")  # any device that is not the file's
+    again.load_state_dict(saved)
+    assert again.trainer.seen["logits"][0].device.type == "meta"

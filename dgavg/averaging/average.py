@@ -25,8 +25,8 @@ class WeightAverage:
     """A convex combination of the weights a model has had, updated in place.
 
     A subclass says how much the newest weights count (`rate`). Floating tensors are averaged in at
-    least float32, complex ones too; integers and booleans are copied; tied parameters are averaged
-    once. `buffers` says whether floating buffers are averaged or copied; with a mapping as source,
+    least float32, complex ones too; integers, booleans and masks with infinities are copied; tied
+    parameters are averaged once. `buffers` says whether floating buffers are averaged or copied; with a mapping as source,
     `buffer_names` tells which of its names are buffers. The first update copies.
 
     Raises `ValueError` for a model with other names or shapes.
@@ -42,7 +42,6 @@ class WeightAverage:
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose average or copy")
         self.count = 0
-        self.buffers = buffers
         tensors = named_tensors(source)
         if buffer_names is None and isinstance(source, nn.Module):
             weights = dict(source.named_parameters(remove_duplicate=False))
@@ -50,15 +49,15 @@ class WeightAverage:
         copied = {plain_name(k) for k in buffer_names or ()} if buffers == "copy" else set()
         seen: dict[Any, str] = {}
         self._owner = {  # name -> the name that stores its tensor
-            name: seen.setdefault(same_memory(tensor), name) if tensor.numel() else name
-            for name, tensor in tensors.items()
+            name: seen.setdefault(same_memory(tensor), name) for name, tensor in tensors.items()
         }
         self._averaged: dict[str, Tensor] = {}  # complex ones as pairs of real numbers
         self._copied: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if self._owner[name] != name:
                 continue
-            if (tensor.is_floating_point() or tensor.is_complex()) and name not in copied:
+            fits = (tensor.is_floating_point() or tensor.is_complex()) and name not in copied
+            if fits and bool(tensor.isfinite().all()):  # an attention mask's -inf has no mean
                 self._averaged[name] = accumulator(tensor)
             else:
                 self._copied[name] = tensor.detach().clone()

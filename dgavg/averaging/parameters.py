@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ def named_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
     return plain
 
 
-def same_memory(tensor: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def same_memory(tensor: Tensor) -> tuple[Hashable, ...]:
     """A key that tied tensors share."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def real(tensor: Tensor) -> Tensor:

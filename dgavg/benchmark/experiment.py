@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from dgavg.benchmark.tensorboard import summary_writer
 from dgavg.chain import chain, check, settings_of, spec_of
 from dgavg.data import DomainDataset, load
-from dgavg.errors import UserError, require, unknown
+from dgavg.errors import require, unknown
 from dgavg.evaluation import RULES, Stopping
 from dgavg.models import Model, build_model
 from dgavg.optimizers import lr_schedule, optimizer_factory
 from dgavg.run import OptimizerFactory
-from dgavg.settings import fits
+from dgavg.settings import check_type, fits
 from dgavg.trainer import Trainer
 
 PLACES = ("root", "download", "workers")  # where data is and how it is read, not what it is
@@ -84,7 +85,10 @@ def build(
     threads = settings["threads"]
     require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
     optimizer = dict(settings["optimizer"])
-    schedule = lr_schedule(optimizer.pop("schedule"), optimizer.pop("warmup"), protocol["steps"])
+    shape, warmup = optimizer.pop("schedule", "constant"), optimizer.pop("warmup", 0)
+    check_type(shape, str, "optimizer.schedule")
+    check_type(warmup, int, "optimizer.warmup")
+    schedule = lr_schedule(shape, warmup, protocol["steps"])
     make_optimizer = optimizer_factory(**optimizer)
 
     data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
@@ -93,21 +97,21 @@ def build(
     held_out = _held_out(settings["holdout"], dataset)
     check(trainer, domains=len(dataset.domains) - 1)
     data = {k: v for k, v in data.items() if k not in PLACES}
-    named = {"trainer": settings_of(trainer), "data": {**data, "content": fingerprint(dataset)}}
+    build_one = model or (
+        lambda shape, classes: build_model(input_shape=shape, classes=classes, **settings["model"])
+    )
     identity = {
-        **named,
-        "model": settings["model"] if model is None else {"name": model.__qualname__},
-        **{k: settings[k] for k in ("optimizer", "protocol", "stopping", "precision")},
-        "evaluate": settings["evaluate"],
+        "trainer": settings_of(trainer),
+        "data": {**data, "content": fingerprint(dataset)},
+        "model": settings["model"] if model is None else _described(build_one, dataset),
+        **{k: settings[k] for k in ("optimizer", "protocol", "stopping", "precision", "evaluate")},
+        "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
     identity = json.loads(json.dumps(identity, default=list))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}"
-    require(name not in ("", ".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
-    build_one = model or (
-        lambda shape, classes: build_model(input_shape=shape, classes=classes, **settings["model"])
-    )
+    name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}".replace(os.sep, "_")
+    require(name not in (".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
     return Experiment(
         trainer=trainer,
         dataset=dataset,
@@ -145,11 +149,9 @@ def find_device(name: str) -> torch.device:
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }
-    require(
-        (device.index or 0) < count.get(device.type, 0),
-        f"device={name}: this machine has {count.get(device.type, 0)} of that kind; "
-        "write device=auto or device=cpu",
-    )
+    there = count.get(device.type, 0)
+    what = f"there are {there}, counted from 0" if there else "there is no such device here"
+    require((device.index or 0) < there, f"device={name}: {what}; write device=auto or device=cpu")
     return device
 
 
@@ -158,8 +160,19 @@ def fingerprint(dataset: DomainDataset) -> str:
     found = hashlib.blake2b(repr((dataset.names, dataset.classes)).encode(), digest_size=8)
     for domain in dataset.domains:
         for tensor in (domain.images, domain.labels):
-            found.update(tensor.contiguous().numpy().data)
+            found.update(repr(tuple(tensor.shape)).encode())
+            found.update(tensor.cpu().contiguous().numpy().data)
     return found.hexdigest()
+
+
+def _described(model: ModelBuilder, dataset: DomainDataset) -> dict[str, str]:
+    """What a function builds: its name and, since many are called `<lambda>`, its layers."""
+    made = model(dataset.input_shape, len(dataset.classes))
+    layers = [str(made), *(f"{k} {tuple(v.shape)}" for k, v in made.state_dict().items())]
+    return {
+        "name": getattr(model, "__qualname__", type(model).__qualname__),
+        "layers": hashlib.sha256("\n".join(layers).encode()).hexdigest()[:8],
+    }
 
 
 def _check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
@@ -172,15 +185,19 @@ def _check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> 
     ):
         shown = ", ".join("null" if c is None else c for c in choices)
         require(value in choices, f"{name}={value}: choose one of {shown}")
+    if settings["logger"] == "tensorboard":
+        summary_writer()  # is it there?
     for key in ("steps", "batch_size", "eval_every"):
         require(protocol[key] > 0, f"protocol.{key}={protocol[key]}: at least 1")
-    require(settings["eval_batch_size"] > 0, "eval_batch_size: at least 1")
+    size = settings["eval_batch_size"]
+    require(size > 0, f"eval_batch_size={size}: at least 1")
 
 
 def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
     known = ["live", *(k.name for k in trainer if type(k).candidates is not Trainer.candidates)]
     if stopping.candidate is not None and stopping.candidate not in known:
-        raise unknown("candidate", stopping.candidate, known, "stopping.candidate")
+        where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
+        raise unknown("candidate", stopping.candidate, known, where)
 
 
 def _held_out(wanted: Any, dataset: DomainDataset) -> tuple[str, ...]:
@@ -194,20 +211,6 @@ def _held_out(wanted: Any, dataset: DomainDataset) -> tuple[str, ...]:
 
 
 def _seeds(wanted: Any) -> tuple[int, ...]:
-    fine = fits(wanted, list[int]) and wanted and min(wanted) >= 0
+    fine = fits(wanted, list[int]) and wanted and min(wanted) >= 0 and max(wanted) < 2**32
     require(fine, f"seeds={wanted}: write a list of numbers from 0 on, such as seeds=[0,1,2]")
     return tuple(dict.fromkeys(wanted))
-
-
-def tensorboard_writer(folder: Path, step: int) -> Any:
-    """A TensorBoard writer in `folder` that goes on after `step`.
-
-    Raises `UserError` where TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "logger=tensorboard needs TensorBoard: pip install 'dgavg[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)

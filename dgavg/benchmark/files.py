@@ -6,7 +6,9 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import BadZipFile
@@ -18,16 +20,50 @@ from torch import Tensor
 from dgavg.errors import UserError
 
 FORMAT = "dgavg checkpoint 1"
+RECORD = frozenset(
+    ("step", "held_out", "seed", "chain", "trainer", "data", "protocol", "candidates")
+)  # what every reader of a record needs
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system refuses (no space, no permission, no folder) into a `UserError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save ends its archive even after a failed write, and then fails in another way
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        why = cause.strerror or str(cause)
+        raise UserError(f"{path} cannot be written: {why}; choose another runs=FOLDER") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises `UserError` where that cannot be.
+    """
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, force it to disk, then rename: a reader sees the old file or the new."""
+    """Write beside `path`, force it to disk, then rename: a reader sees the old file or the new.
+
+    Raises `UserError` where the system refuses; `path` is as before then.
+    """
     beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with writing(path):
+        try:
+            with beside.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +82,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises `UserError` for a file that is truncated or not a checkpoint of dgavg.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(content, dict) and content.get("format") == FORMAT
     except (
         RuntimeError,
@@ -66,9 +103,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
-    """Write weights by name as safetensors; `notes` become the file's metadata."""
+    """Write weights by name as safetensors; `notes` go into the file's metadata.
+
+    As one entry, since safetensors shuffles entries and equal weights shall be equal files.
+    """
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}
-    data = safetensors_bytes(tensors, metadata=dict(notes))
+    data = safetensors_bytes(tensors, metadata={"dgavg": json.dumps(dict(notes))})
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -85,25 +125,21 @@ def record_line(record: Mapping[str, Any]) -> str:
     return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line and force it to disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a run.
+    """The records of a run that has ended.
 
-    Raises `UserError` for a file that is not there or not JSON lines.
+    Raises `UserError` for a file that is not there, empty, or damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"no records in {path.parent}: give the folder of a run") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not a file of records: {error}") from None
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        whole = bool(records) and all(record.keys() >= RECORD for record in records)
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path} is missing or damaged; delete {path.parent} to train that run anew"
+        )
+    return records
 
 
 def differences(mine: Any, theirs: Any, name: str = "") -> Iterable[str]:

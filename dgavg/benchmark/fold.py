@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,21 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from torch import nn
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from dgavg.benchmark.experiment import Experiment, tensorboard_writer
+from dgavg.benchmark.experiment import Experiment
 from dgavg.benchmark.files import (
-    append_line,
     differences,
     load_checkpoint,
+    make_folder,
     read_records,
     record_line,
     save_checkpoint,
     save_weights,
     write_text,
+    writing,
 )
+from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import renew
 from dgavg.data import Splits, TrainingBatches, make_splits
 from dgavg.errors import UserError, require
@@ -36,6 +41,9 @@ from dgavg.run import Run
 from dgavg.seeding import seed_everything
 from dgavg.trainer import Scores
 
+# What a record names beside the chain: all that its numbers come from.
+SETTINGS = ("trainer", "data", "model", "optimizer", "protocol", "stopping", "precision", "device")
+
 Watch = Callable[[Run], None]
 THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OMP_NUM_THREADS
 
@@ -46,36 +54,59 @@ def run_fold(
     """Train with `held_out` left out, or go on where a killed run stopped; returns the records.
 
     A run that is done is only read. Raises `UserError` where its folder holds a run of other
-    settings, or another process is at work in it.
+    settings, or another process is at work in it; what can't be trained leaves no folder.
     """
     folder = experiment.run_folder(held_out, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**experiment.identity, "held_out": held_out, "seed": seed}
+    _check_same(folder, settings)
+    if not (folder / "done").exists():
+        threads = torch.get_num_threads()
+        try:
+            fold = _Fold(experiment, held_out, seed, folder, settings)
+            with _locked(folder):
+                _check_same(folder, settings)  # again: nobody else can write it now
+                if not (folder / "config.yaml").exists():
+                    write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+                fold.train(watch)
+        finally:
+            torch.set_num_threads(threads)
+    return read_records(folder / "records.jsonl")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it."""
+    make_folder(folder)
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is training in {folder}; wait for it to end") from None
+    with writing(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            message = f"another process is training in {folder}; wait for it to end"
+            raise UserError(message) from None
     with lock:
-        _claim(folder, experiment, held_out, seed)
-        if not (folder / "done").exists():
-            _Fold(experiment, held_out, seed, folder).train(watch)
-        return read_records(folder / "records.jsonl")
+        yield
 
 
-def _claim(folder: Path, experiment: Experiment, held_out: str, seed: int) -> None:
-    """Write `config.yaml`, or make sure that the one there says the same."""
-    mine = {**experiment.identity, "held_out": held_out, "seed": seed}
+def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` where the folder's `config.yaml` says other settings, or nothing."""
     path = folder / "config.yaml"
-    if path.exists():
+    if not path.exists():
+        return
+    try:
         theirs = OmegaConf.to_container(OmegaConf.load(path))
-        found = list(differences(mine, theirs))
-        require(
-            not found,
-            f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
-            "name=..., or delete that folder",
-        )
-    else:
-        write_text(path, OmegaConf.to_yaml(OmegaConf.create(mine)))
+    except (OSError, ValueError, YAMLError):
+        theirs = None
+    require(
+        isinstance(theirs, dict) and "trainer" in theirs,
+        f"{path} is damaged or not of dgavg; delete {folder} to train that run anew",
+    )
+    found = list(differences(settings, theirs))
+    require(
+        not found,
+        f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
+        "name=..., or delete that folder",
+    )
 
 
 @dataclass
@@ -101,8 +132,16 @@ def _threads_for(model: nn.Module) -> int:
 class _Fold:
     """Builds the run of one fold and writes what it leaves."""
 
-    def __init__(self, experiment: Experiment, held_out: str, seed: int, folder: Path) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        held_out: str,
+        seed: int,
+        folder: Path,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.experiment, self.held_out, self.seed, self.folder = experiment, held_out, seed, folder
+        self.settings = settings
         self.records: list[dict[str, Any]] = []
         self.lines: list[str] = []
         protocol, dataset = experiment.protocol, experiment.dataset
@@ -143,17 +182,17 @@ class _Fold:
             autocast=self.run.autocast,
         )
         self.clock = _Clock()
-        self.logger: Any = None
+        self.events: EventFiles | None = None
 
     def train(self, watch: Watch) -> None:
         """Train to the end; then, and only then, write `done`."""
-        (self.folder / "weights").mkdir(exist_ok=True)
+        make_folder(self.folder / "weights")
         checkpoint = self.folder / "checkpoint.pt"
         if checkpoint.exists():
-            self._resume(load_checkpoint(checkpoint))
+            self._resume(checkpoint)
         write_text(self.folder / "records.jsonl", "".join(self.lines))
         if self.experiment.tensorboard:
-            self.logger = tensorboard_writer(self.folder / "tensorboard", self.run.t)
+            self.events = EventFiles(self.folder / "tensorboard", self.records)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
         except NonFiniteLossError as error:
@@ -165,21 +204,31 @@ class _Fold:
             where = f"hold out {self.held_out}, seed {self.seed}"
             raise NonFiniteLossError(f"{error} ({where}; {good})") from None
         finally:
-            if self.logger is not None:
-                self.logger.close()
+            if self.events is not None:
+                self.events.close()
         write_text(self.folder / "done", "done")
 
-    def _resume(self, saved: dict[str, Any]) -> None:
+    def _resume(self, checkpoint: Path) -> None:
+        saved = load_checkpoint(checkpoint)
+        found = list(differences(self.settings, saved["settings"]))
+        require(
+            not found,
+            f"{checkpoint} is of a run with other settings ({'; '.join(found[:3])}); "
+            "delete it to start this run anew",
+        )
         self.run.load_state_dict(saved["run"])
         self.lines = list(saved["records"])
         self.records = [json.loads(line) for line in self.lines]
         self.clock = _Clock(spent=saved["seconds"])
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.folder / "checkpoint.pt",
-            {"run": self.run.state_dict(), "records": self.lines, "seconds": self.clock.read()},
-        )
+        content = {
+            "settings": self.settings,
+            "run": self.run.state_dict(),
+            "records": self.lines,
+            "seconds": self.clock.read(),
+        }
+        save_checkpoint(self.folder / "checkpoint.pt", content)
 
     def _splits(self, splits: Splits, index: int) -> dict[str, Split]:
         """What is scored: what the selection rule and the table read, or everything."""
@@ -210,9 +259,7 @@ class _Fold:
             "held_out": self.held_out,
             "seed": self.seed,
             "chain": self.experiment.spec,
-            "trainer": self.experiment.identity["trainer"],
-            "data": self.experiment.identity["data"],
-            "protocol": self.experiment.protocol,
+            **{key: self.settings[key] for key in SETTINGS},
             "lr": run.optimizer.param_groups[0]["lr"],
             "losses": run.losses.read(),
             "candidates": {
@@ -224,8 +271,18 @@ class _Fold:
             },
             "timing": {"seconds": self.clock.read()},
         }
+        validation = {name: self._validation(found) for name, found in scores.items()}
+        self._check_finite(validation["live"]["loss"])
         self._write(record)
-        return {name: self._validation(found) for name, found in scores.items()}
+        return validation
+
+    def _check_finite(self, loss: float) -> None:
+        """Stop before the checkpoint where the last update blew the weights up."""
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"step {self.run.t}: the validation loss of the live weights is {loss}; "
+                "try a lower optimizer.lr or a smaller weight"
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         line = record_line(record)
@@ -237,16 +294,9 @@ class _Fold:
                 notes = {"chain": record["chain"], "candidate": name, "step": str(record["step"])}
                 path = self.folder / "weights" / f"{name}.safetensors"
                 save_weights(path, self.scorer.weights(name), notes)
-        append_line(self.folder / "records.jsonl", line)
-        if self.logger is not None:
-            self._log(record)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        for name, value in record["losses"].items():
-            self.logger.add_scalar(f"loss/{name}", value, record["step"])
-        for name, found in record["candidates"].items():
-            for split, score in found["splits"].items():
-                self.logger.add_scalar(f"{name}/{split}", score["accuracy"], record["step"])
+        write_text(self.folder / "records.jsonl", "".join(self.lines))
+        if self.events is not None:
+            self.events.write(self.records[-1])
 
     def _validation(self, found: dict[str, SplitScore]) -> dict[str, float]:
         """Means over the validation parts of the training domains: all that training may see."""

@@ -14,6 +14,7 @@ from dgavg.benchmark.progress import Watcher
 from dgavg.benchmark.table import Runs, Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
+from dgavg.errors import require
 from dgavg.models import Model
 from dgavg.trainer import Trainer
 
@@ -65,6 +66,12 @@ def leave_one_domain_out(
     }
     values = {"seeds": seeds, "holdout": holdout, "runs": str(runs), "name": name}
     given = {k: v for k, v in values.items() if v is not None} | dict(settings or {})
+    for key in given:
+        group = key.partition(".")[0]
+        require(
+            isinstance(groups.get(group), str | None),
+            f"settings {key!r}: {group} is an object here; give it its settings where it is made",
+        )
     with explained():
         config = compose([f"{k}={v}" for k, v in groups.items() if isinstance(v, str)])
         for key, value in given.items():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from dgavg.benchmark.table import test_score
 from dgavg.evaluation.selection import selected_step
@@ -24,21 +26,22 @@ class Watcher:
     """
 
     def __init__(self, title: str, runs: int, steps: int, *, quiet: bool = False) -> None:
-        self.runs, self.steps, self.quiet = runs, steps, quiet
+        self.title, self.runs, self.steps, self.quiet = title, runs, steps, quiet
         self.console = Console(file=sys.stderr, highlight=False)
         self.bar = Progress(
             TextColumn(title),
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[rate]:.0f} steps/s  loss {task.fields[loss]:.3f}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
             console=self.console,
             transient=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("", total=runs * steps, rate=0.0, loss=float("nan"))
-        self.done, self.began, self.first = 0, time.perf_counter(), 0
+        self.task = self.bar.add_task("", total=runs * steps, figures="")
+        self.done, self.label = 0, ""
+        self.began = self.stepped = self.shown = 0.0  # seconds: of the run, its first step, a look
+        self.first = -1  # the first step that was taken here
 
     def __enter__(self) -> Watcher:
         self.bar.start()
@@ -60,16 +63,21 @@ class Watcher:
         """A run begins."""
         self.began, self.first = time.perf_counter(), -1
         self.label = f"hold out {held_out}, seed {seed} [{self.done + 1}/{self.runs}]"
-        self.bar.update(self.task, description=self.label)
+        self.bar.update(self.task, description=self.label)  # the figures of the last run stay
 
     def __call__(self, run: Run) -> None:
         """A step has been taken."""
+        now = time.perf_counter()
         if self.first < 0:
-            self.first = run.t - 1
-        if run.t % FLUSH == 0:
-            rate = (run.t - self.first) / (time.perf_counter() - self.began)
+            self.first, self.stepped = run.t, now
+        elif run.t % FLUSH == 0 or now - self.shown > 1:
+            self.shown = now
+            rate = (run.t - self.first) / (now - self.stepped)
             done = self.done * self.steps + run.t
-            self.bar.update(self.task, completed=done, rate=rate, loss=run.losses.last)
+            left = timedelta(seconds=round((self.runs * self.steps - done) / rate))
+            loss = f"loss {run.losses.last:.3f}  " if math.isfinite(run.losses.last) else ""
+            figures = f"{rate:.{0 if rate >= 10 else 1}f} steps/s  {loss}{left} left"
+            self.bar.update(self.task, completed=done, figures=figures)
 
     def end(self, records: Sequence[Mapping[str, Any]]) -> None:
         """A run has ended, just now or long ago."""
@@ -77,7 +85,8 @@ class Watcher:
         self.bar.update(self.task, completed=self.done * self.steps)
         if self.quiet or self.console.is_terminal:
             return
-        rule, last = records[-1]["protocol"]["selection"], records[-1]
+        last = records[-1]
+        rule, steps = last["protocol"]["selection"], last["protocol"]["steps"]
         found = []
         for name in last["candidates"]:
             index = selected_step(records, name, rule)
@@ -85,4 +94,5 @@ class Watcher:
             found.append(f"{name} {100 * test_score(records[index], name)[0]:.1f}")
         seconds = time.perf_counter() - self.began
         took = f"{seconds:.1f} s" if self.first >= 0 else "done before"
-        self.note(f"{self.label}: {', '.join(found)} ({took})")
+        early = f", stopped at step {last['step']}" if last["step"] < steps else ""
+        self.note(f"{self.title}, {self.label}: {', '.join(found)} ({took}{early})")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgavg.benchmark.files import read_records
-from dgavg.errors import UserError, require, unknown
+from dgavg.benchmark.files import differences, read_records
+from dgavg.benchmark.labels import labels
+from dgavg.errors import require, unknown
 from dgavg.evaluation.selection import RULES, selected_step, validation_score
 
 if TYPE_CHECKING:
@@ -65,21 +66,26 @@ class Table:
     checkpoint of each candidate on its own; by default the protocol's. `print(table)` shows it,
     `to_frame()` has every number.
 
+    A row is a candidate of a run: runs in the order given, candidates in the order of the chain.
+    Runs that differ in anything beside their chain are told apart by the settings they differ in.
+
     Raises `UserError` for no runs, for runs of different protocols or data, and an unknown rule.
     """
 
     def __init__(self, runs: Runs, rule: str | None = None) -> None:
-        firsts = {name: records[0] for name, group in runs.items() for records in group if records}
-        require(bool(firsts), "no finished run to make a table of")
-        first = next(iter(firsts.values()))
-        for name, record in firsts.items():
+        heads = [(name, records[0]) for name, group in runs.items() for records in group if records]
+        require(bool(heads), "no finished run to make a table of")
+        origin, first = heads[0]
+        for name, record in heads:
             for part in ("protocol", "data"):
-                if record[part] != first[part]:
-                    raise UserError(
-                        f"{name} and {next(iter(firsts))} differ in {part}: a table never mixes "
-                        f"two of them; print one table for each"
-                    )
+                found = list(differences(_identity(record)[part], _identity(first)[part], part))
+                require(
+                    not found,
+                    f"{name} and {origin} differ in {part} ({'; '.join(found)}): a table never "
+                    "mixes two of them; print one table for each",
+                )
         self.protocol, self.data = first["protocol"], first["data"]
+        self.labels = labels(dict(heads))
         self.rule = rule or self.protocol["selection"]
         if self.rule not in RULES:
             raise unknown("selection rule", self.rule, RULES)
@@ -89,7 +95,10 @@ class Table:
             for records in group
             for result in _results(name, records, self.rule)
         ]
-        self.held_out = list(dict.fromkeys(r.held_out for r in self.results))
+        held_out = {r.held_out for r in self.results}
+        splits = first["candidates"]["live"]["splits"]  # in the order of the data set
+        domains = dict.fromkeys(split.rpartition("/")[0] for split in splits)
+        self.held_out = [d for d in domains if d in held_out]
         self.seeds = sorted({r.seed for r in self.results})
 
     def to_frame(self) -> pd.DataFrame:
@@ -106,12 +115,10 @@ class Table:
         return rows
 
     def __str__(self) -> str:
-        chains = {r.run: r.chain for r in self.results}
-        unique = len(set(chains.values())) == len(chains)
         rows, previous = self.rows(), ""
         lines = [["chain", "candidate", *self.held_out, "mean", "against live"]]
         for (run, candidate), cells in rows.items():
-            label = chains[run] if unique else run
+            label = self.labels[run]
             by_domain = [
                 [cells[d, s] for s in self.seeds if (d, s) in cells] for d in self.held_out
             ]
@@ -119,19 +126,23 @@ class Table:
             whole = len(cells) == len(self.held_out) * len(self.seeds)
             means = [sum(v) / len(v) for v in zip(*by_domain, strict=True)] if whole else []
             live = rows.get((run, "live"), {})
-            gain = "" if candidate == "live" else _gain(cells, live)
+            gain = _gain(cells, live) if whole and candidate != "live" else ""
             lines.append(
-                ["" if label == previous else label, candidate, *shown, self._cell(means), gain]
+                ["" if run == previous else label, candidate, *shown, self._cell(means), gain]
             )
-            previous = label
-        return "\n".join([self._title(), "", *_aligned(lines)])
+            previous = run
+        text = [self._title(), "", *_aligned(lines)]
+        if any("X" in line[2:] for line in lines[1:]):
+            text += ["", f"X: not there for each of the seeds {', '.join(map(str, self.seeds))}"]
+        return "\n".join(text)
 
     def _title(self) -> str:
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) > 1)
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
         return (
             f"{self.data['name']}: accuracy (%) on the domain held out{error}\n"
-            f"protocol {self.protocol['name']}, {self.protocol['steps']} steps, {seeds}; "
+            f"protocol {self.protocol['name']}: {self.protocol['steps']} steps, "
+            f"{self.protocol['batch_size']} images a domain, {seeds}\n"
             f"checkpoint: {RULES[self.rule]}"
         )
 
@@ -193,22 +204,36 @@ def tables(runs: Runs, rule: str | None = None) -> list[Table]:
     groups: dict[str, Runs] = {}
     for name, group in runs.items():
         for records in group:
-            key = json.dumps([records[0]["data"], records[0]["protocol"]], sort_keys=True)
+            key = json.dumps(_identity(records[0]), sort_keys=True)
             groups.setdefault(key, {}).setdefault(name, []).append(records)
     return [Table(group, rule) for group in groups.values()]
 
 
-def read_runs(folders: Sequence[Path]) -> Runs:
-    """The records of every finished run below `folders`.
+def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
+    """The records of every finished run below `folders`, and how many have not ended.
 
-    Raises `UserError` for a folder that is missing or holds no finished run.
+    Raises `UserError` for a folder that is missing or holds no finished run, and damaged records.
     """
-    runs: Runs = {}
+    found: dict[Path, list[list[dict[str, Any]]]] = {}
+    seen: set[Path] = set()
+    unfinished = 0
     for folder in folders:
         require(folder.is_dir(), f"no folder {folder}: give one of runs, such as runs/")
-        ended = sorted(folder.rglob("done"))
+        each = {path.resolve().parent for path in folder.rglob("config.yaml")}
+        ended = {run for run in each if (run / "done").exists()}
         require(bool(ended), f"no finished run in {folder}")
-        for path in ended:
-            name = path.resolve().parent.parent.parent.name
-            runs.setdefault(name, []).append(read_records(path.parent / "records.jsonl"))
-    return runs
+        unfinished += len(each - ended - seen)
+        for run in sorted(ended - seen):
+            found.setdefault(run.parent.parent, []).append(read_records(run / "records.jsonl"))
+        seen |= each
+    names = [path.name for path in found]
+    return {
+        path.name if names.count(path.name) == 1 else str(path): group
+        for path, group in found.items()
+    }, unfinished
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs of a table share: the data by what is in them, wherever they came from."""
+    data = {k: record["data"][k] for k in ("name", "content")}
+    return {"data": data, "protocol": record["protocol"]}

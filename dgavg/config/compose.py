@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import dgavg
 from dgavg.config import chain_source
 from dgavg.config.schema import Settings
+from dgavg.errors import UserError, require, unknown
 
 PACKAGE = Path(dgavg.__file__).parent
 INSIDE = PACKAGE / "conf"  # in an installed wheel
@@ -39,5 +41,19 @@ def compose(overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain dicts, lists and numbers, interpolations resolved."""
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    """The configuration as plain dicts, lists and numbers, interpolations resolved.
+
+    Raises `UserError` for a setting that was added to `Settings` or deleted from it.
+    """
+    found: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    known = [f.name for f in fields(Settings)]
+    for key in found:
+        if key not in known:
+            raise unknown("setting", key, known)
+    for key in known:
+        require(key in found, f"{key} is missing: write {key}=...")
+    for group in ("data", "model", "optimizer"):
+        if "name" not in found[group]:
+            raise UserError(f"{group}.name is missing: write {group}=...")
+    require(bool(found["trainer"]), "trainer has no link: write trainer=..., such as ema_basic")
+    return found  # type: ignore[no-any-return]

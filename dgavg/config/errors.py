@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -51,12 +51,21 @@ def explain(error: BaseException) -> UserError:
             return UserError(f"{root.full_key} is missing: write {root.full_key}=...")
         if isinstance(root, ValidationError):
             return _wrong_type(root)
+        if isinstance(root, OverrideParseException):
+            hint = "settings are SETTING=VALUE, see dgavg --help"
+            return UserError(f"{root.override}: {_first_line(root)}; {hint}")
         root = root.__cause__ or root.__context__
+    several = re.match("Ambiguous value for argument '(.*)'", _first_line(error))
+    if several is not None:
+        name, _, values = several[1].partition("=")
+        return UserError(
+            f"{several[1]}: write {name}=[{values}] for a list, or dgavg -m to run each of them"
+        )
     return UserError(_first_line(error))
 
 
 def _wrong_type(error: ValidationError) -> UserError:
-    found = re.match(r"Value '(.*)' .*could not be converted to (\w+)", _first_line(error))
+    found = re.match(r"Value '(.*?)' .*could not be converted to (\w+)", _first_line(error))
     if found is None or found[2] not in TYPES:
         return UserError(f"{error.full_key}: {_first_line(error)}")
     return UserError(f"{error.full_key}={found[1]} must be {words(TYPES[found[2]])}")

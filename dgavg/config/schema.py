@@ -72,6 +72,8 @@ def link_schema(cls: type[Trainer]) -> type:
         if f.init and f.name != "inner":
             kind = float if kinds[f.name] == Schedule else kinds[f.name]
             simple = kind in (int, float, str, bool, int | None, float | None, str | None)
-            default = REQUIRED if f.default is MISSING else f.default
-            settings.append((f.name, kind if simple else Any, field(default=default)))
+            default = field(default=REQUIRED if f.default is MISSING else f.default)
+            if f.default_factory is not MISSING:
+                default = field(default_factory=f.default_factory)
+            settings.append((f.name, kind if simple else Any, default))
     return make_dataclass(cls.__name__, settings)

@@ -21,6 +21,7 @@ class Zoo(nn.Module):
         self.second.weight = self.first.weight
         self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
         self.none = nn.Parameter(torch.zeros(0))
+        self.register_buffer("nobody", torch.zeros(0, dtype=torch.int64))
         self.norm = nn.BatchNorm1d(3)
         self.register_buffer("seen", torch.tensor(7))
         self.register_buffer("mask", torch.tensor([True, False]))
@@ -200,6 +201,21 @@ def test_another_model_is_refused_by_its_first_differences(call):
         getattr(average, call)(nn.Linear(3, 2))
 
 
+def test_a_model_with_more_names_is_refused():
+    average = RunningMean(nn.Linear(2, 2, bias=False))
+    with pytest.raises(ValueError, match=r"0 names missing \(none\), 1 unknown \(bias\)"):
+        average.update(nn.Linear(2, 2))
+
+
+def test_a_module_whose_parameter_was_replaced_is_followed():
+    model = nn.Linear(2, 2)
+    average = ExponentialMean(model, decay=0.0)
+    average.update(model)
+    model.weight = nn.Parameter(torch.full((2, 2), 7.0))
+    average.update(model)
+    assert average.weights()["weight"].tolist() == [[7.0, 7.0], [7.0, 7.0]]
+
+
 def test_a_copied_tensor_of_another_shape_is_refused():
     average = RunningMean({"w": torch.zeros(2), "steps": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"steps is \(1,\), the average \(2,\)"):
@@ -270,3 +286,14 @@ def test_the_state_of_another_model_is_refused():
         average.load_state_dict(RunningMean(nn.Linear(2, 2, bias=False)).state_dict())
     with pytest.raises(ValueError, match=r"weight is \(1, 2\)"):  # which would broadcast
         average.load_state_dict(RunningMean(nn.Linear(2, 1)).state_dict())
+
+
+def test_a_mask_of_infinities_is_copied_since_it_has_no_mean():
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    average = ExponentialMean(model, decay=0.5)
+    for _ in range(3):
+        average.update(model)
+    assert average.weights()["mask"].tolist() == [0.0, -torch.inf]
+    average.copy_to(model)
+    assert model.mask.tolist() == [0.0, -torch.inf]

@@ -74,6 +74,13 @@ def test_no_digits_are_lost_far_from_zero():
     assert layer.running_var.item() == pytest.approx(moments(list(rows))[1].item(), rel=1e-5)
 
 
+def test_no_digits_are_lost_over_many_small_batches():
+    rows = np.random.default_rng(0).normal(1e4, 0.1, (500, 2, 1)).astype("f")
+    layer = nn.BatchNorm1d(1)
+    recalibrate_batchnorm(layer, list(torch.from_numpy(rows)))
+    assert layer.running_var.item() == pytest.approx(moments(list(rows))[1].item(), rel=1e-4)
+
+
 def test_a_float64_model_keeps_float64_moments():
     rows = torch.randn(40, 3, dtype=torch.float64) + 1000.0
     layer = nn.BatchNorm1d(3).double()
@@ -160,9 +167,11 @@ def test_a_head_that_no_batch_reaches_keeps_its_statistics():
             return self.main(x) + (self.aux(x) if self.training else 0)
 
     model, x = Aux(), torch.randn(8, 2) + 5
+    model.aux.running_mean.fill_(3.0)
     recalibrate_batchnorm(model, [x])
     torch.testing.assert_close(model.main.running_mean, x.mean(dim=0))
-    assert model.aux.running_mean.tolist() == [0.0, 0.0]
+    assert model.aux.running_mean.tolist() == [3.0, 3.0]
+    assert model.aux.running_var.tolist() == [1.0, 1.0]
 
 
 def mixed_model():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dgavg import leave_one_domain_out
 from dgavg.data import Domain, DomainDataset
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -131,3 +132,26 @@ def make_data():
         return DomainDataset(name, tuple(domains), ("a", "b", "c"))
 
     return make
+
+
+@pytest.fixture
+def train(tmp_path, make_data):
+    """`train("ema_basic", steps=30, ...)`: the Python door on small data; gives table and folder.
+
+    Keywords with two underscores are dotted settings: `optimizer__lr=1e-3`.
+    """
+
+    def run(trainer="ema_basic", data=None, *, folder="runs", steps=24, every=8, **settings):
+        dotted = {"model.width": 16, "protocol.steps": steps, "protocol.eval_every": every}
+        dotted |= {k.replace("__", "."): v for k, v in settings.items()}
+        given = {k: dotted.pop(k) for k in ("seeds", "holdout", "name", "quiet") if k in dotted}
+        table = leave_one_domain_out(
+            trainer,
+            make_data([60, 70, 65]) if data is None else data,
+            settings=dotted,
+            runs=tmp_path / folder,
+            **{"seeds": [0], "holdout": ["d1"], "quiet": True} | given,
+        )
+        return table, tmp_path / folder
+
+    return run

@@ -1,15 +1,15 @@
-"""Run `dgavg` commands one after another, each in a fork of this process, some of them killed.
+"""Do what `dgavg ARGUMENTS` does, each time in a fork of this process, and kill some of them.
 
 `python killer.py` reads a JSON list of [folder, arguments, moment] from standard input and prints
-the list of how each ended: its exit status, or minus the signal that killed it. A moment is null or
-one of
+the list of how each ended: its exit status, or minus the signal that killed it. A fork spares each
+run the seconds that Python takes to import torch and Hydra to compose. A moment is null or one of
 
 - `["step", t]`: step t has changed the weights, and nothing has noticed yet;
 - `["evaluation", n]`: one batch of the n-th evaluation has been scored;
 - `["write", name, n]`: half of the bytes of the n-th file of that name are written;
 - `["renamed", name, n]`: that file is just in its place.
 
-The kill is `SIGKILL` to itself: nothing is cleaned up. What Python prints goes to standard error.
+The kill is `SIGKILL` to itself: nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
-from dgavg import cli, run
+from dgavg import run
 from dgavg.benchmark import files
+from dgavg.benchmark.experiment import Experiment, build
+from dgavg.benchmark.leave_one_out import run_experiment
+from dgavg.config import compose, plain
 from dgavg.evaluation import scoring
 
 
@@ -75,9 +83,8 @@ def kill_in_write(kind: str, name: str, n: int) -> None:
     files.write_atomically = patched
 
 
-def child(folder: str, arguments: list[str], moment: list | None) -> None:
+def child(folder: str, experiment: Experiment, moment: list | None) -> None:
     os.chdir(folder)
-    os.dup2(2, 1)
     if moment is not None:
         kind, *rest = moment
         if kind == "step":
@@ -86,18 +93,23 @@ def child(folder: str, arguments: list[str], moment: list | None) -> None:
             kill_in_evaluation(*rest)
         else:
             kill_in_write(kind, *rest)
-    status = cli.main(arguments)
-    sys.stdout.flush()
-    os._exit(status)
+    run_experiment(experiment, quiet=True)
 
 
 def main() -> None:
-    ends = []
-    for folder, arguments, moment in json.load(sys.stdin):
+    jobs, ends = json.load(sys.stdin), []
+    built = cache(lambda *words: build(plain(compose(words))))
+    with tempfile.TemporaryDirectory() as scratch:  # so that no fork has to import all it needs
+        run_experiment(replace(built(*jobs[0][1]), folder=Path(scratch)), quiet=True)
+    for folder, arguments, moment in jobs:
+        experiment = built(*arguments)
         pid = os.fork()
         if pid == 0:
             try:
-                child(folder, arguments, moment)
+                child(folder, experiment, moment)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

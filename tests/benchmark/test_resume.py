@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 
@@ -15,21 +16,20 @@ CHAIN = [
     "trainer=ma_sma_ema_swa_irm_mixup_sam_basic",
     "trainer.sma.start=10",
     "trainer.swa.start=0.3",
-    "trainer.irm.anneal=60",
+    "trainer.irm.anneal=50",
     "model.width=24",
     "model.dropout=0.1",
-    "protocol.steps=120",
-    "protocol.eval_every=25",
+    "protocol.steps=80",
+    "protocol.eval_every=20",
     "holdout=[30]",
     "seeds=[1]",
 ]
 MOMENTS = {
     "before the first checkpoint": ["step", 7],
-    "in a step": ["step", 62],
-    "at the step where irm's weight jumps": ["step", 59],
-    "in the last step": ["step", 119],
-    "in the first evaluation": ["evaluation", 1],
-    "in a later evaluation": ["evaluation", 4],
+    "in a step": ["step", 45],
+    "at the step where irm's weight jumps": ["step", 49],
+    "in the last step": ["step", 79],
+    "in an evaluation": ["evaluation", 3],
     "while the settings are written": ["write", "config.yaml", 1],
     "while records are written": ["write", "records.jsonl", 3],
     "between records and checkpoint": ["renamed", "records.jsonl", 4],
@@ -37,11 +37,11 @@ MOMENTS = {
     "between weights and records": ["renamed", "live.safetensors", 2],
     "while the first checkpoint is written": ["write", "checkpoint.pt", 1],
     "while a later checkpoint is written": ["write", "checkpoint.pt", 3],
-    "after a checkpoint": ["renamed", "checkpoint.pt", 2],
-    "after the last checkpoint": ["renamed", "checkpoint.pt", 5],
+    "after the last checkpoint": ["renamed", "checkpoint.pt", 4],
     "while `done` is written": ["write", "done", 1],
 }
-SEVERAL = [["step", 40], ["write", "checkpoint.pt", 1], ["evaluation", 2], ["step", 110]]
+LONGER = ["protocol.steps=300"]
+SEVERAL = [["step", 40], ["write", "checkpoint.pt", 1], ["evaluation", 2], ["step", 70]]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def killed(tmp_path_factory, run_and_kill):
     """Every run by its moment, the uninterrupted one by None; and a copy made after the kill."""
     top = tmp_path_factory.mktemp("killed")
     folders = {moment: top / str(i) for i, moment in enumerate([None, "several", *MOMENTS])}
+    longer = (top / "longer", [*CHAIN, *LONGER], None)
     jobs = [(folders[moment], CHAIN, at) for moment, at in MOMENTS.items()]
     ends, _ = run_and_kill(jobs)
     assert ends == [-9] * len(ends)  # each was really killed where it was meant to be
@@ -57,9 +58,9 @@ def killed(tmp_path_factory, run_and_kill):
         folders[f"{moment} as killed"] = top / f"{moment} as killed"
     several = [(folders["several"], CHAIN, at) for at in SEVERAL]
     rest = [(folder, CHAIN, None) for key, folder in folders.items() if "killed" not in str(key)]
-    ends, errors = run_and_kill([*several, *rest])
-    assert ends == [-9] * len(several) + [0] * len(rest), errors
-    return folders
+    ends, errors = run_and_kill([*several, *rest, longer])
+    assert ends == [-9] * len(several) + [0] * len(rest) + [0], errors
+    return {**folders, "longer": top / "longer"}
 
 
 @pytest.mark.parametrize("moment", [*MOMENTS, "several"])
@@ -87,33 +88,21 @@ def test_a_kill_leaves_no_half_file_under_its_real_name(moment, killed):
 
 
 def test_the_uninterrupted_run_has_each_record_once(killed, only_run, records_of):
-    assert [r["step"] for r in records_of(only_run(killed[None]))] == [25, 50, 75, 100, 120]
+    assert [r["step"] for r in records_of(only_run(killed[None]))] == [20, 40, 60, 80]
 
 
 def test_a_process_killed_from_outside_goes_on_exactly(
-    tmp_path, start, run_and_kill, only_run, content_of
+    tmp_path, start, killed, only_run, content_of
 ):
-    words = [*CHAIN, "protocol.steps=400"]
-    (tmp_path / "killed").mkdir()
-    for _ in range(2):
-        process = start(tmp_path / "killed", *words)
-        known = len(list(tmp_path.rglob("records.jsonl")))
-        before = only_run(tmp_path).stat().st_mtime_ns if known else 0
-        while process.poll() is None:
-            if (
-                list(tmp_path.rglob("checkpoint.pt"))
-                and only_run(tmp_path).stat().st_mtime_ns > before
-            ):
-                time.sleep(0.15)
-                break
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9
+    process = start(tmp_path, *CHAIN, *LONGER)
+    while process.poll() is None and not list(tmp_path.rglob("checkpoint.pt")):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
     assert not (only_run(tmp_path) / "done").exists()
-    process = start(tmp_path / "killed", *words)
+    process = start(tmp_path, *CHAIN, *LONGER)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    run_and_kill([(tmp_path / "whole", words, None)])
-    found, wanted = (content_of(only_run(tmp_path / name)) for name in ("killed", "whole"))
-    assert found == wanted
+    assert content_of(only_run(tmp_path)) == content_of(only_run(killed["longer"]))

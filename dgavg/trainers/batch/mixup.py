@@ -39,7 +39,7 @@ class Mixup(Trainer):
         partner = torch.empty(batch.domains, dtype=torch.long)
         partner[torch.from_numpy(cycle)] = torch.from_numpy(cycle).roll(-1)
         share = torch.from_numpy(random.beta(self.alpha, self.alpha, batch.domains)).float()
-        partner, share = partner.to(batch.x.device), share.to(batch.x.device)
+        partner, share = (t.to(batch.x.device, non_blocking=True) for t in (partner, share))
 
         def blend(rows: torch.Tensor) -> torch.Tensor:
             by_domain = batch.by_domain(rows)

@@ -23,7 +23,8 @@ class SAM(Trainer):
     - `rho` (0.05; usual 0.01 to 0.5): the radius; 0 is no SAM at all.
 
     Cost: two forward and two backward passes a step, one more copy of the weights. Every penalty of
-    the chain counts in both passes. Averages find flat minima at a fraction of the cost.
+    the chain counts in both passes; dropout draws anew in the second. Averages find flat minima at
+    a fraction of the cost.
     """
 
     rho: float = 0.05

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from plain import run_of
 
-from dgavg import UserError, chain
+from dgavg import Trainer, UserError, chain, trainer
 from dgavg.seeding import random_state
 
 
@@ -47,6 +49,25 @@ def test_partners_form_one_cycle_and_every_pair_has_its_own_share(domains):
         shares = [share for _, _, share in pairs]
         assert all(-1e-6 <= share <= 1 + 1e-6 for share in shares)
         assert len({round(share, 5) for share in shares}) == domains
+
+
+def test_the_cycle_is_drawn_anew_every_step():
+    cycles = {tuple(j for _, j, _ in pairs_of(*mixed(t)[1:])) for t in range(20)}
+    assert len(cycles) == 6  # all cycles of four domains
+
+
+def test_the_batch_that_is_blended_is_that_of_the_links_inside():
+    @trainer("darken")
+    class Darken(Trainer):
+        """Halves the images."""
+
+        def prepare(self, run, batch):
+            batch = self.inner.prepare(run, batch)
+            return replace(batch, x=batch.x / 2)
+
+    run, bright = run_of("mixup_darken_basic"), run_of("mixup_basic")
+    found, expected = (r.prepare(r.batches(0)).x for r in (run, bright))
+    assert torch.equal(found, expected / 2)
 
 
 def test_the_loss_is_that_of_both_labels():

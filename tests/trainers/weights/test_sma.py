@@ -16,6 +16,7 @@ from dgavg import UserError, chain
         ({"start": 0.5}, range(6, 13)),
         ({"start": 2, "every": 3}, range(2, 13, 3)),
         ({"start": 11, "every": 9}, [11]),
+        ({"start": 0, "every": 5}, [1, 6, 11]),
     ],
 )
 def test_the_average_is_that_of_the_iterates_from_start_on(settings, steps):

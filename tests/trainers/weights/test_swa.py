@@ -16,6 +16,7 @@ from dgavg import UserError, chain, fit
         ({"start": 8}, [8, 12, 16, 20, 24]),
         ({"start": 9}, [12, 16, 20, 24]),
         ({"start": 5, "every": 2}, [8, 16, 24]),
+        ({"start": 9, "every": 2}, [12, 20]),
         ({"start": 0.9}, [24]),
     ],
 )

@@ -1,0 +1,76 @@
+"""Real processes: interrupts, two at once, mistakes, a terminal, TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import time
+
+import pytest
+
+LONG = [
+    *("trainer=ema_basic", "model.width=16", "protocol.steps=30000", "protocol.eval_every=50"),
+    *("holdout=[0]", "seeds=[0]", "name=x"),
+]
+
+
+@pytest.fixture
+def training(tmp_path, start):
+    """A process that trains and has written a checkpoint."""
+    process = start(tmp_path, *LONG)
+    checkpoint = tmp_path / "runs/x/0/0/checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_in_a_folder_and_then_ctrl_c(training, tmp_path, start):
+    second = start(tmp_path, *LONG)
+    out, error = second.communicate()
+    assert (second.returncode, out) == (2, "")
+    assert error == "dgavg: another process is training in runs/x/0/0; wait for it to end\n"
+    assert training.poll() is None
+    training.send_signal(signal.SIGINT)
+    out, error = training.communicate()
+    assert (training.returncode, out) == (130, "")
+    assert error == "dgavg: interrupted; the same command goes on from the last checkpoint\n"
+    assert (tmp_path / "runs/x/0/0/checkpoint.pt").exists()
+    assert not (tmp_path / "runs/x/0/0/done").exists()
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_a_mistake_shows_a_traceback_only_where_asked_for(debug, tmp_path, start, monkeypatch):
+    monkeypatch.setenv("DGAVG_DEBUG", debug)
+    process = start(tmp_path, "trainer=ema_ma_basic")
+    _, error = process.communicate()
+    line = "'ma' rewrites the live weights, so it must come first: write ma_ema_basic"
+    assert ("Traceback" in error) == (debug == "1")
+    assert line in error
+    assert debug == "1" or (process.returncode, error.count("\n")) == (2, 1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_terminal_shows_fold_rate_loss_and_time_left_and_then_the_table(tmp_path, start):
+    ours, theirs = pty.openpty()
+    words = [*LONG[:2], "protocol.steps=1200", "protocol.eval_every=600", *LONG[4:]]
+    process = start(tmp_path, *words, "holdout=[0,45]", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(
+        r"ema_basic hold out 45, seed 0 \[2/2\] .*%\s+\d+ steps/s  loss \d\.\d{3}  "
+        r"\d:\d\d:\d\d left",
+        text,
+    )
+    assert "against live" in text.splitlines()[-4]
