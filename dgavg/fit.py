@@ -20,7 +20,9 @@ def fit(
 ) -> None:
     """Train `run` from where it stands to its end, or to where early stopping ends it.
 
-    `after_step` and `after_eval` only watch: a progress bar, a checkpoint. Raises `NonFiniteLossError`.
+    `after_step` and `after_eval` only watch: a progress bar, a checkpoint.
+
+    Raises `NonFiniteLossError`.
     """
     with named_link(run):
         while run.t < run.steps and not run.stop:

@@ -26,8 +26,9 @@ class WeightAverage:
 
     A subclass says how much the newest weights count (`rate`). Floating tensors are averaged in at
     least float32, complex ones too; integers, booleans and masks with infinities are copied; tied
-    parameters are averaged once. `buffers` says whether floating buffers are averaged or copied; with a mapping as source,
-    `buffer_names` tells which of its names are buffers. The first update copies.
+    parameters are averaged once. `buffers` says whether floating buffers are averaged or copied;
+    with a mapping as source, `buffer_names` tells which of its names are buffers. The first update
+    copies.
 
     Raises `ValueError` for a model with other names or shapes.
     """

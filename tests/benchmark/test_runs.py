@@ -127,6 +127,21 @@ def test_another_seed_gives_other_weights(train, only_run, weights_of):
     )
 
 
+def test_another_seed_starts_from_other_weights(train, only_run, weights_of):
+    still = {"steps": 1, "optimizer__lr": 1e-12}  # so that data can't tell the two apart
+    one, two = (
+        only_run(train("basic", folder=str(seed), seeds=[seed], **still)[1]) for seed in (0, 1)
+    )
+    first, second = (weights_of(run)["live"]["classifier.weight"] for run in (one, two))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_the_batch_size_of_recalibration_is_part_of_a_runs_identity(train):
+    _, folder = train()
+    train(eval_batch_size=16)
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_training_leaves_the_callers_threads_alone(train):
     torch.set_num_threads(2)
     train(threads=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from dgavg import UserError, chain, cli, leave_one_domain_out
+from dgavg import Trainer, UserError, chain, cli, leave_one_domain_out, trainer
 from dgavg.benchmark.experiment import build
 from dgavg.config import compose, explained, plain
 
@@ -59,6 +59,23 @@ def test_settings_are_typed():
     with pytest.raises(UserError) as caught, explained():
         compose(["trainer=irm_basic", "trainer.irm.anneal=1.5"])
     assert str(caught.value) == "trainer.irm.anneal=1.5 must be an integer"
+
+
+def test_a_link_with_a_setting_that_must_be_given():
+    @trainer("needy")
+    class Needy(Trainer):
+        amount: float
+
+    assert settings("trainer=needy_basic", "trainer.needy.amount=2")["trainer"]["needy"] == {
+        "amount": 2.0
+    }
+    for words, message in {
+        "trainer=needy_basic": "trainer.needy.amount is missing: write trainer.needy.amount=...",
+        "trainer=needy_needy_basic": "needy_needy_basic: 'needy' stands in the chain twice",
+    }.items():
+        with pytest.raises(UserError) as caught, explained():
+            settings(words)
+        assert str(caught.value) == message
 
 
 @pytest.fixture
