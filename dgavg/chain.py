@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -65,7 +66,7 @@ def chain(spec: str, **settings: Mapping[str, Any]) -> Trainer:
 
 def setting_names(cls: type[Trainer]) -> list[str]:
     """The settings of a link class, in the order of its definition."""
-    return [k for k, f in cls.__dataclass_fields__.items() if f.init and k != "inner"]
+    return [f.name for f in fields(cls) if f.init and f.name != "inner"]
 
 
 def spec_of(head: Trainer) -> str:

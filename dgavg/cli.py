@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dgavg.benchmark.experiment import build
 from dgavg.benchmark.leave_one_out import run_experiment
+from dgavg.benchmark.picture import save_svg
 from dgavg.benchmark.table import Runs, read_runs, tables
 from dgavg.chain import find_trainer, known_trainers
 from dgavg.config import CONF, explained, plain, register
@@ -118,15 +119,19 @@ def report(arguments: list[str]) -> None:
     """Print the table of finished runs."""
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write dgavg report [FOLDER ...] [--rule RULE]")
+        raise UserError(f"{message}; write dgavg report [FOLDER ...] [--rule RULE] [--svg FILE]")
 
     parser = argparse.ArgumentParser("dgavg report", description=report.__doc__)
     parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
     parser.add_argument("--rule", help="selection rule: validation, last or oracle")
+    parser.add_argument("--svg", type=Path, help="draw the tables into this file, too")
     options = parser.parse_intermixed_args(arguments)
     runs, unfinished = read_runs(options.folders)
-    print("\n\n".join(str(table) for table in tables(runs, options.rule)))
+    found = tables(runs, options.rule)
+    print("\n\n".join(map(str, found)))
+    if options.svg is not None:
+        save_svg(found, options.svg)
     if unfinished:
         print(f"dgavg: left out {unfinished} run(s) that have not ended", file=sys.stderr)
 
@@ -134,7 +139,7 @@ def report(arguments: list[str]) -> None:
 def show_list(arguments: list[str]) -> None:
     """Print the trainers, data sets, models or protocols there are, or the card of one of them."""
     kinds: dict[str, Callable[[], dict[str, str]]] = {
-        "trainers": lambda: {k: inspect.getdoc(find_trainer(k)) or "" for k in known_trainers()},
+        "trainers": lambda: {k: _card(k) for k in known_trainers()},
         "data": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(DATASETS.items())},
         "models": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(MODELS.items())},
         "protocols": lambda: {
@@ -156,6 +161,14 @@ def show_list(arguments: list[str]) -> None:
     width = max(map(len, entries))
     for name, text in entries.items():
         print(f"{name.ljust(width)}  {text.partition(chr(10))[0]}")
+
+
+def _card(name: str) -> str:
+    """What a trainer says of itself, or why it can't be loaded: one bad plugin hides no other."""
+    try:
+        return inspect.getdoc(find_trainer(name)) or ""
+    except UserError as error:
+        return str(error)
 
 
 def _settings(kind: str, name: str) -> list[str]:

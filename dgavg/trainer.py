@@ -84,7 +84,7 @@ class Trainer:
         )
         kinds = get_type_hints(type(self))
         for key, value in self.settings().items():
-            check_type(value, kinds[key], f"{self.name}.{key}")
+            check_type(value, kinds[key], f"trainer.{self.name}.{key}")
             if fits(0.0, kinds[key]) and fits(value, int):
                 setattr(self, key, float(value))  # 1 and 1.0 are one setting
         self.validate()

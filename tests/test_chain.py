@@ -10,6 +10,7 @@ import pytest
 
 from dgavg import Trainer, UserError, chain, check, trainer
 from dgavg.chain import known_trainers, plugins, renew, settings_of, spec_of
+from dgavg.cli import main
 from dgavg.testing import toy_run
 from dgavg.trainers import EMA, IRM, MA, SWA, Basic
 
@@ -161,3 +162,17 @@ def test_a_plugin_that_does_not_load_harms_only_who_asks_for_it():
     assert "broken" in known_trainers()
     with pytest.raises(UserError, match=r"trainer 'broken' \(package:Broken\): no module named"):
         chain("broken_basic")
+
+
+@pytest.mark.parametrize("key", ["name", "outermost", "inner", "average"])
+def test_what_is_no_setting_of_a_link_is_refused(key):
+    with pytest.raises(UserError, match=f"no setting '{key}' in trainer.ema"):
+        chain("ema_basic", ema={key: 1})
+
+
+@pytest.mark.usefixtures("broken_plugin")
+def test_a_plugin_that_does_not_load_is_listed_with_its_reason(capsys):
+    assert main(["list", "trainers"]) == 0
+    out = capsys.readouterr().out
+    assert "broken  trainer 'broken' (package:Broken): no module named 'missing'" in out
+    assert "ema " in out

@@ -202,3 +202,19 @@ def test_cfg_job_prints_the_settings_and_runs_nothing(dgavg, tmp_path):
     found = yaml.safe_load(dgavg("trainer=ma_irm_basic trainer.irm.weight=3 --cfg job")[0])
     assert json.dumps(found["trainer"]["irm"]) == '{"weight": 3.0, "anneal": 500}'
     assert not any(tmp_path.iterdir())
+
+
+def test_report_draws_the_table_too(dgavg, tmp_path):
+    out, _ = dgavg("trainer=ema_basic seeds=[0]", *SMALL)
+    assert dgavg("report --svg table.svg")[0] == out
+    picture = (tmp_path / "table.svg").read_text()
+    assert picture.startswith("<svg")
+    shown = picture.replace("&#160;", " ")
+    assert all(word in shown for word in ("ema_basic", "against live", "protocol quick: 40 steps"))
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(dgavg):
+    dgavg("trainer=ema_basic seeds=[0]", *SMALL)
+    _, error = dgavg("report --svg missing/table.svg", status=2)
+    assert error.startswith("dgavg: missing/table.svg cannot be written: No such file")
+    assert error.rstrip().endswith("choose another --svg FILE")

@@ -66,7 +66,7 @@ VALUES = {
     "optimizer.lr=0": "optimizer.lr=0: a number above 0",
     "optimizer.warmup=abc": "optimizer.warmup='abc' must be an integer, not str",
     "trainer.ema.decay=ten": "trainer.ema.decay=ten must be a number",
-    "trainer.ema.decay=2": "ema.decay=2.0: a number in [0, 1)",
+    "trainer.ema.decay=2": "trainer.ema.decay=2.0: a number in [0, 1)",
     "seeds=3": "seeds=3: write a list of numbers from 0 on, such as seeds=[0,1,2]",
     "seeds=[0,a]": "seeds=[0, 'a']: write a list of numbers from 0 on, such as seeds=[0,1,2]",
     "seeds=[]": "seeds=[]: write a list of numbers from 0 on, such as seeds=[0,1,2]",
@@ -113,7 +113,7 @@ PLACES = {
     "data.angles=[0,45] trainer=vrex_basic": "vrex_basic: 'vrex' needs at least 2 training "
     "domains, here is 1",
     "trainer=swa_basic protocol.steps=20": "swa averages at the ends of epochs, but none of 30 "
-    "steps ends from step 10 to 20: train longer, lower swa.start, or use sma",
+    "steps ends from step 10 to 20: train longer, lower trainer.swa.start, or use sma",
     "-m trainer=ema_basic,ema_ma_basic": "ema_ma_basic: 'ma' rewrites the live weights, so it must "
     "come first: write ma_ema_basic",
 }

@@ -78,6 +78,7 @@ def build(
         links = settings["trainer"]
         trainer = chain("_".join(links), **{k: v or {} for k, v in links.items()})
     check(trainer)
+    _check_functions(trainer)
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     _check_choices(settings, protocol)
     _check_stopping(trainer, stopping)
@@ -198,6 +199,17 @@ def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
     if stopping.candidate is not None and stopping.candidate not in known:
         where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
         raise unknown("candidate", stopping.candidate, known, where)
+
+
+def _check_functions(trainer: Trainer) -> None:
+    """Records name a setting that is a function by its name, so it needs one of its own."""
+    for link, settings in settings_of(trainer).items():
+        for key, value in settings.items():
+            require(
+                not isinstance(value, str) or "<" not in value,
+                f"trainer.{link}.{key} is {value}: records could not tell it from another; give "
+                "it a name, as a function of a module",
+            )
 
 
 def _held_out(wanted: Any, dataset: DomainDataset) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ RECORD = frozenset(
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, hint: str = "choose another runs=FOLDER") -> Iterator[None]:
     """Turn what the system refuses (no space, no permission, no folder) into a `UserError`."""
     try:
         yield
@@ -36,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         why = cause.strerror or str(cause)
-        raise UserError(f"{path} cannot be written: {why}; choose another runs=FOLDER") from error
+        raise UserError(f"{path} cannot be written: {why}; {hint}") from error
 
 
 def make_folder(path: Path) -> None:

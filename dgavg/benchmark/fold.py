@@ -216,6 +216,7 @@ class _Fold:
             f"{checkpoint} is of a run with other settings ({'; '.join(found[:3])}); "
             "delete it to start this run anew",
         )
+        torch.set_num_threads(saved["threads"])  # sums depend on how they are split
         self.run.load_state_dict(saved["run"])
         self.lines = list(saved["records"])
         self.records = [json.loads(line) for line in self.lines]
@@ -227,6 +228,7 @@ class _Fold:
             "run": self.run.state_dict(),
             "records": self.lines,
             "seconds": self.clock.read(),
+            "threads": torch.get_num_threads(),
         }
         save_checkpoint(self.folder / "checkpoint.pt", content)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dgavg.benchmark.files import writing
 from dgavg.benchmark.table import Table
 
 COLOURS = {r"(?m)^chain .*$": "bold", r"\+\d+\.\d ± \d+\.\d": "green", r"-\d+\.\d ± \d+\.\d": "red"}
@@ -23,4 +24,5 @@ def save_svg(tables: Sequence[Table], path: Path) -> None:
     width = max(len(line) for line in text.plain.splitlines())
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
     console.print(text, soft_wrap=True)
-    path.write_text(console.export_svg(title="dgavg report"), encoding="utf-8")
+    with writing(path, "choose another --svg FILE"):
+        path.write_text(console.export_svg(title="dgavg report"), encoding="utf-8")

@@ -139,8 +139,9 @@ class Table:
     def _title(self) -> str:
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) > 1)
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
+        name = self.data.get("title", self.data["name"])
         return (
-            f"{self.data['name']}: accuracy (%) on the domain held out{error}\n"
+            f"{name}: accuracy (%) on the domain held out{error}\n"
             f"protocol {self.protocol['name']}: {self.protocol['steps']} steps, "
             f"{self.protocol['batch_size']} images a domain, {seeds}\n"
             f"checkpoint: {RULES[self.rule]}"
@@ -160,6 +161,8 @@ def _gain(cells: Mapping[Any, float], live: Mapping[Any, float]) -> str:
     if not pairs:
         return ""
     mean, error = mean_and_error(pairs)
+    if len(pairs) == 1:
+        return f"{100 * mean:+.1f}"
     better = sum(p > 0 for p in pairs)
     return f"{100 * mean:+.1f} ± {100 * error:.1f} ({better} of {len(pairs)} better)"
 
@@ -187,11 +190,11 @@ def _results(run: str, records: Sequence[Mapping[str, Any]], rule: str) -> Itera
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width: the first two to the left, the rest to the right."""
+    """Columns of equal width: names and the last one to the left, figures to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
+            cell.rjust(w) if 2 <= i < len(line) - 1 else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

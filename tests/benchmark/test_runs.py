@@ -11,9 +11,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from dgavg import UserError, leave_one_domain_out
+from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.data import make_splits
 from dgavg.evaluation import selected_step
 from dgavg.models import build_model
+from dgavg.trainers import IRM, Basic
 
 CHAIN = "sma_ema_swa_irm_basic"
 SETTINGS = {
@@ -183,4 +185,26 @@ def test_two_models_of_one_name_are_two_experiments(train, make_data, tmp_path):
 def test_a_name_that_is_no_folder_name_is_refused(word, train, tmp_path):
     with pytest.raises(UserError, match="not a folder name"):
         train(name=word)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(train, only_run, monkeypatch):
+    """Sums depend on how they are split over threads."""
+    _, folder = train(threads=1)
+    (only_run(folder) / "done").unlink()
+    checkpoint = only_run(folder) / "checkpoint.pt"
+    saved = load_checkpoint(checkpoint)
+    assert saved["threads"] == 1
+    save_checkpoint(checkpoint, {**saved, "threads": 2})
+    seen = []
+    monkeypatch.setattr(
+        "dgavg.benchmark.fold.fit", lambda run, **watchers: seen.append(torch.get_num_threads())
+    )
+    train()
+    assert seen == [2]
+
+
+def test_a_function_without_a_name_of_its_own_is_refused(train, tmp_path):
+    with pytest.raises(UserError, match=r"trainer\.irm\.weight is .*<lambda>: records could not"):
+        train(IRM(Basic(), weight=lambda t: 0.1 * t))
     assert not (tmp_path / "runs").exists()

@@ -60,7 +60,7 @@ def line(table, candidate):
 
 def test_a_cell_is_the_mean_and_the_population_deviation_over_root_n():
     values = np.array([0.1, 0.2, 0.3])
-    error = 100 * np.std(values / np.sqrt(3))  # PROTOCOL §1.7
+    error = 100 * np.std(values / np.sqrt(3))  # as DomainBed has it
     cell = f"{100 * values.mean():.1f} ± {error:.1f}"
     assert cell == "20.0 ± 4.7"
     assert cell in line(Table({"r": run(ACCURACIES)}), "live")
@@ -220,3 +220,13 @@ def test_the_same_images_from_another_folder_are_the_same_data():
 def test_no_run_is_refused():
     with pytest.raises(UserError, match="no finished run"):
         Table({})
+
+
+def test_one_pair_has_a_difference_but_no_error():
+    table = Table({"r": run({"a": {0: (0.5, 0.6)}})})
+    assert line(table, "ema").split()[-1] == "+10.0"
+
+
+def test_a_folder_is_called_by_its_title():
+    data = {"name": "folder", "title": "PACS", "content": "abc"}
+    assert str(Table({"r": run(ACCURACIES, data=data)})).startswith("PACS: accuracy")

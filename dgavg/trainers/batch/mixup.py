@@ -29,7 +29,7 @@ class Mixup(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.alpha > 0, f"mixup.alpha={self.alpha}: a number above 0")
+        require(self.alpha > 0, f"trainer.mixup.alpha={self.alpha}: a number above 0")
 
     def prepare(self, run: Run, batch: Batch) -> Batch:
         """Blend the batch; labels become probabilities (N, classes)."""

@@ -31,7 +31,7 @@ class SAM(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.rho >= 0, f"sam.rho={self.rho}: a number from 0 on")
+        require(self.rho >= 0, f"trainer.sam.rho={self.rho}: a number from 0 on")
 
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradient at w + rho·g/‖g‖."""

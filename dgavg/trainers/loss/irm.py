@@ -32,7 +32,7 @@ class IRM(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.anneal >= 0, f"irm.anneal={self.anneal}: a number of steps from 0 on")
+        require(self.anneal >= 0, f"trainer.irm.anneal={self.anneal}: a number of steps from 0 on")
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""

@@ -27,7 +27,7 @@ class VREx(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.anneal >= 0, f"vrex.anneal={self.anneal}: a number of steps from 0 on")
+        require(self.anneal >= 0, f"trainer.vrex.anneal={self.anneal}: a number of steps from 0 on")
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""

@@ -33,12 +33,12 @@ class EMA(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(0 <= self.decay < 1, f"ema.decay={self.decay}: a number in [0, 1)")
+        require(0 <= self.decay < 1, f"trainer.ema.decay={self.decay}: a number in [0, 1)")
         check_shadow("ema", self.start, self.every, self.batchnorm)
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
-        self.first = max(run.step_of(self.start, "ema.start"), 1)
+        self.first = max(run.step_of(self.start, "trainer.ema.start"), 1)
         self.average = ExponentialMean(
             run.live,
             decay=self.decay,

@@ -40,16 +40,16 @@ class MA(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.first_epoch in (0, 1), f"ma.first_epoch={self.first_epoch}: 0 or 1")
-        require(self.start >= 0, f"ma.start={self.start}: a number of epochs from 0 on")
-        require(self.every >= 1, f"ma.every={self.every}: at least 1")
+        require(self.first_epoch in (0, 1), f"trainer.ma.first_epoch={self.first_epoch}: 0 or 1")
+        require(self.start >= 0, f"trainer.ma.start={self.start}: a number of epochs from 0 on")
+        require(self.every >= 1, f"trainer.ma.every={self.every}: at least 1")
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
         require(
             run.steps // run.epoch_length > self.start,
             f"ma averages at the ends of epochs of {run.epoch_length} steps from epoch {self.start}"
-            f" on, but the run has only {run.steps} steps: train longer or lower ma.start",
+            f" on, but the run has only {run.steps} steps: train longer or lower trainer.ma.start",
         )
         self.average = RunningMean(run.live, first_count=self.first_epoch + 1)
 

@@ -14,9 +14,14 @@ def buffers_for(policy: str) -> str:
 
 def check_shadow(name: str, start: float, every: int, policy: str) -> None:
     """Raise `UserError` for settings that no average can have."""
-    require(start >= 0, f"{name}.start={start}: a share of the run below 1, or a step from 1 on")
-    require(every >= 1, f"{name}.every={every}: at least 1")
-    require(policy in POLICIES, f"{name}.batchnorm={policy!r}: choose one of {', '.join(POLICIES)}")
+    require(
+        start >= 0, f"trainer.{name}.start={start}: a share of the run below 1, or a step from 1 on"
+    )
+    require(every >= 1, f"trainer.{name}.every={every}: at least 1")
+    require(
+        policy in POLICIES,
+        f"trainer.{name}.batchnorm={policy!r}: choose one of {', '.join(POLICIES)}",
+    )
 
 
 def offer(name: str, average: WeightAverage | None, policy: str) -> dict[str, Candidate]:

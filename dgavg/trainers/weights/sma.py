@@ -35,7 +35,7 @@ class SMA(Trainer):
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
-        self.first = max(run.step_of(self.start, "sma.start"), 1)
+        self.first = max(run.step_of(self.start, "trainer.sma.start"), 1)
         self.average = RunningMean(
             run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
         )

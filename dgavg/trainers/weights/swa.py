@@ -38,17 +38,17 @@ class SWA(Trainer):
         check_shadow("swa", self.start, self.every, self.batchnorm)
         require(
             self.lr_final is None or self.lr_final > 0,
-            f"swa.lr_final={self.lr_final}: a learning rate above 0",
+            f"trainer.swa.lr_final={self.lr_final}: a learning rate above 0",
         )
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
-        self.first = run.step_of(self.start, "swa.start")
+        self.first = run.step_of(self.start, "trainer.swa.start")
         last = run.steps - run.steps % run.epoch_length
         require(
             last > 0 and last >= self.first,
             f"swa averages at the ends of epochs, but none of {run.epoch_length} steps ends from "
-            f"step {self.first} to {run.steps}: train longer, lower swa.start, or use sma",
+            f"step {self.first} to {run.steps}: train longer, lower trainer.swa.start, or use sma",
         )
         self.average = RunningMean(
             run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
