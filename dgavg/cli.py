@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"dgavg: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as end:  # of --help
         return int(end.code or 0)
     except KeyboardInterrupt:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -218,3 +220,10 @@ def test_a_picture_that_cannot_be_written_is_one_line(dgavg):
     _, error = dgavg("report --svg missing/table.svg", status=2)
     assert error.startswith("dgavg: missing/table.svg cannot be written: No such file")
     assert error.rstrip().endswith("choose another --svg FILE")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    command = f"{sys.executable} -m dgavg --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("dgavg trains a chain")
