@@ -50,12 +50,15 @@ def chain(spec: str, **settings: Mapping[str, Any]) -> Trainer:
 
     Raises `UserError` for unknown names and settings, and for what `check` refuses.
     """
+    require(isinstance(spec, str), f"chain({spec!r}): a name such as 'ema_basic'")
     names = spec.split("_")
     classes = [find_trainer(name, spec) for name in names]
     for name in settings.keys() - set(names):
         raise unknown("trainer", name, names, where=f"'{spec}', though it has settings")
     link: Any = None
     for name, cls in zip(reversed(names), reversed(classes), strict=True):
+        if not isinstance(settings.get(name, {}), Mapping):
+            raise UserError(f"{name}={settings[name]!r}: settings are a dict, by name")
         given = {str(k): v for k, v in settings.get(name, {}).items()}
         for key in given.keys() - setting_names(cls):
             raise unknown("setting", key, setting_names(cls), where=f"trainer.{name}")
@@ -98,6 +101,7 @@ def check(head: Trainer, domains: int | None = None) -> None:
 
     Raises `UserError` with the chain to write instead, where there is one.
     """
+    require(isinstance(head, Trainer), f"{head!r} is not a chain, such as EMA(Basic())")
     links = list(head)
     for link in links:
         if type(link) not in TRAINERS.values():

@@ -23,7 +23,7 @@ def unknown(kind: str, name: object, known: Iterable[object], where: str = "") -
     no trainer 'sward'; did you mean 'swad'? Known: swa, swad
     """
     names = [str(k) for k in known]
-    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     place = f" in {where}" if where else ""
     return UserError(f"no {kind} {str(name)!r}{place}; {hint}Known: {', '.join(names) or 'none'}")

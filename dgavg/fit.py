@@ -25,18 +25,16 @@ def fit(
     Raises `NonFiniteLossError`.
     """
     with named_link(run):
-        while run.t < run.steps and not run.stop:
-            run.losses.write(run.step(run.batches(run.t)))
-            run.t += 1
-            run.tap("after_step")
-            if run.t % run.epoch_length == 0:
-                run.tap("after_epoch")
-            if run.t % FLUSH == 0:
-                run.losses.flush(run.t)
-            after_step(run)
-            if run.t % run.eval_every == 0 or run.t == run.steps:
+        while not run.stop:
+            due = run.t % run.eval_every == 0 or run.t == run.steps
+            if due and run.t > run.evaluated:
                 evaluate(run)
                 after_eval(run)
+            elif run.t < run.steps:
+                step(run)
+                after_step(run)
+            else:
+                break
         if run.taps["after_fit"] and not run.closed:
             run.tap("after_fit")
             run.closed = True
@@ -44,11 +42,24 @@ def fit(
             after_eval(run)
 
 
+def step(run: Run) -> None:
+    """One step, and what follows it: a look at the losses now and then, the links' taps."""
+    run.losses.write(run.step(run.batches(run.t)))
+    run.t += 1
+    run.tap("after_step")
+    if run.t % run.epoch_length == 0:
+        run.tap("after_epoch")
+    if run.t % FLUSH == 0:
+        run.losses.flush(run.t)
+
+
 def evaluate(run: Run) -> None:
     """Score the candidates, tell the links, and decide whether to go on."""
     run.losses.flush(run.t)
+    run.evaluated = run.t
     if run.evaluate is not None:
-        run.scores.append(run.evaluate(run))
+        found = run.evaluate(run)
+        run.scores.append({k: {m: float(x) for m, x in v.items()} for k, v in found.items()})
         run.tap("after_eval", run.scores[-1])
         run.stop = run.stop or run.stopping(run.scores)
 

@@ -78,13 +78,20 @@ def optimizer_factory(name: str, **settings: Any) -> Callable[[Parameters], torc
     build = OPTIMIZERS[name]
     check_settings(build, settings, "optimizer")
     require(settings["lr"] > 0, f"optimizer.lr={settings['lr']}: a number above 0")
+    for key in ("beta1", "beta2", "momentum"):
+        value = settings.get(key, 0.0)
+        require(0 <= value < 1, f"optimizer.{key}={value}: a number in [0, 1)")
+    require(
+        not settings.get("nesterov") or settings.get("momentum", 0.9) > 0,
+        "optimizer.nesterov=true needs optimizer.momentum above 0",
+    )
     decay = settings.get("weight_decay", 0)
     require(decay >= 0, f"optimizer.weight_decay={decay}: a number from 0 on")
     return lambda parameters: build(parameters, **settings)
 
 
 def lr_schedule(name: str, warmup: int, steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at a step: linear `warmup` from 0, then the schedule to 0.
+    """The factor on the learning rate at step t: (t + 1)/warmup, then the schedule towards 0.
 
     Raises `UserError` for an unknown schedule and a warm-up as long as the run.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
-from dgavg.chain import check, spec_of
+from dgavg.chain import chain, check, renew, settings_of
 from dgavg.errors import UserError, require
 from dgavg.losslog import LossLog
 from dgavg.seeding import random_state, set_random_state
+from dgavg.settings import check_type
 from dgavg.trainer import TAPS, Candidate, Schedule, Scores, Trainer, Weights
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -59,20 +61,22 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 class Run:
-    """One training run of a chain; `dgavg.fit.fit(run)` trains it.
+    """One training run of a chain; `dgavg.fit(run)` trains it.
 
-    `model` has a `featurizer` (inputs to (N, F)) and a `classifier` ((N, F) to (N, classes)).
-    `schedule(t)` multiplies the optimizer's learning rate. `evaluate(run)` returns the candidates'
-    scores on validation data, every `eval_every` steps and at the end (0: never); `stopping(scores
-    so far)` returns why to stop, or "". `precision` is `fp32` or `bf16` (autocast, weights stay
-    float32). `seed` seeds the draws of `run.random`; the global generators are the caller's.
+    `trainer` is a chain or its name; the run takes its settings and makes links of its own, so one
+    chain serves any number of runs. `model` has a `featurizer` (inputs to (N, F)) and a
+    `classifier` ((N, F) to (N, classes)). `schedule(t)` multiplies the optimizer's learning rate.
+    `evaluate(run)` returns the candidates' scores on validation data, every `eval_every` steps and
+    at the end (0: at the end alone); `stopping(scores so far)` returns why to stop, or "".
+    `precision` is `fp32` or `bf16` (autocast, weights stay float32). `seed` seeds the draws of
+    `run.random`; the global generators are the caller's.
 
     Raises `UserError` for a chain that can't train on these domains.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trainer | str,
         model: nn.Module,
         batches: Batches,
         *,
@@ -85,7 +89,13 @@ class Run:
         precision: str = "fp32",
         seed: int = 0,
     ) -> None:
+        check_type(steps, int, "steps")
         require(steps > 0, f"steps={steps}: a run has at least one step")
+        require(eval_every >= 0, f"eval_every={eval_every}: a number of steps, or 0")
+        require(seed >= 0, f"seed={seed}: a number from 0 on")
+        for part in ("names", "classes", "epoch_length"):
+            require(hasattr(batches, part), f"batches has no {part}: see dgavg.run.Batches")
+        require(callable(optimizer), "optimizer is a function of the parameters that makes one")
         require(precision in ("fp32", "bf16"), f"precision={precision}: choose fp32 or bf16")
         for part in ("featurizer", "classifier"):
             require(
@@ -94,14 +104,21 @@ class Run:
                 "classifier)",
             )
         self.names = tuple(batches.names)
+        trainer = chain(trainer) if isinstance(trainer, str) else trainer
         check(trainer, domains=len(self.names))
-        self.trainer, self.model, self.batches, self.steps = trainer, model, batches, steps
+        self.trainer = trainer = renew(trainer)
+        self.model, self.batches, self.steps = model, batches, steps
         self.classes, self.epoch_length = batches.classes, batches.epoch_length
         self.schedule, self.stopping = schedule, stopping
         self.evaluate, self.eval_every = evaluate, eval_every or steps
         self.precision, self.seed = precision, seed
+        require(
+            any(p.requires_grad for p in model.parameters()),
+            f"{type(model).__name__} has no parameter that could be trained",
+        )
         self.device = next(model.parameters()).device
-        self.t = 0
+        self.t = 0  # steps taken
+        self.evaluated = 0  # the step of the last evaluation
         self.stop = ""  # why training ended early
         self.closed = False  # the phase after the last step is over
         self.scores: list[Scores] = []
@@ -109,6 +126,7 @@ class Run:
 
         links = list(trainer)[::-1]  # innermost first: the order of taps
         self.live: Weights = model.state_dict()  # aliases of the live tensors, taken once
+        self.hidden: Weights = {k: v for k, v in model.named_buffers() if k not in self.live}
         weights = {k for k, _ in model.named_parameters(remove_duplicate=False)}
         self.buffer_names = frozenset(self.live.keys() - weights)
         made = {link.name: link.module(self) for link in links}
@@ -118,7 +136,9 @@ class Run:
             p for m in (model, self.extras) for p in m.parameters() if p.requires_grad
         ]
         self.optimizer = optimizer(self.parameters)
-        self.base_lr = float(self.optimizer.param_groups[0]["lr"])
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.base_lr = rates[0]
+        self.lr_scales = [rate / rates[0] for rate in rates]  # of each group, kept by schedules
         self.taps: dict[str, list[Callable[..., None]]] = {
             tap: [
                 getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)
@@ -152,11 +172,15 @@ class Run:
         """The value of a setting at this step."""
         return setting(self.t) if callable(setting) else setting
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N, F) and logits (N, classes) of inputs `x`, in float32."""
+    def forward(self, x: Tensor, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and logits (N, classes) of inputs `x`, in float32.
+
+        `model` is another of the same structure, such as one with averaged weights.
+        """
+        model = model or self.model
         with self.autocast():
-            features = self.model.featurizer(x)  # type: ignore[operator]
-            logits = self.model.classifier(features)  # type: ignore[operator]
+            features = model.featurizer(x)  # type: ignore[operator]
+            logits = model.classifier(features)  # type: ignore[operator]
         return features.float(), logits.float()
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -194,11 +218,11 @@ class Run:
         )
         return step
 
-    @torch.no_grad()
     def tap(self, name: str, *args: Any) -> None:
-        """Call every link that has this tap, innermost first."""
-        for tap in self.taps[name]:
-            tap(self, *args)
+        """Call every link that has this tap, innermost first; `after_fit` alone may train."""
+        with torch.set_grad_enabled(name == "after_fit"):
+            for tap in self.taps[name]:
+                tap(self, *args)
 
     def candidates(self) -> dict[str, Candidate]:
         """The live weights, then those that the links offer, in the chain's order.
@@ -216,17 +240,19 @@ class Run:
         """All that changes while training: tensors (aliases), numbers, strings, lists and dicts."""
         self.losses.flush(self.t)
         return {
-            "chain": spec_of(self.trainer),
+            "trainer": settings_of(self.trainer),
             "t": self.t,
+            "evaluated": self.evaluated,
             "stop": self.stop,
             "closed": self.closed,
             "scores": self.scores,
             "losses": self.losses.state_dict(),
             "model": dict(self.live),
+            "hidden": dict(self.hidden),
             "extras": dict(self.extras.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "links": {link.name: link.state_dict() for link in self.trainer},
-            "random": random_state(),
+            "random": random_state(self.device),
         }
 
     @torch.no_grad()
@@ -235,21 +261,22 @@ class Run:
 
         Raises `UserError` for the state of another chain or model.
         """
-        spec = spec_of(self.trainer)
-        require(
-            saved.get("chain") == spec,
-            f"the checkpoint is of the chain {saved.get('chain')!r}, the run is {spec!r}",
-        )
+        mine, theirs = settings_of(self.trainer), saved.get("trainer")
+        require(theirs == mine, f"the checkpoint is of the chain {theirs}, the run is of {mine}")
+        missing = self.state_dict().keys() - saved.keys()
+        require(not missing, f"the checkpoint lacks {', '.join(sorted(missing))}")
         try:
             self.model.load_state_dict(saved["model"])
             self.extras.load_state_dict(saved["extras"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+            for name, buffer in self.hidden.items():
+                buffer.copy_(saved["hidden"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"the checkpoint is of another model or optimizer: {first}") from error
         self.t, self.stop, self.closed = saved["t"], saved["stop"], saved["closed"]
-        self.scores = saved["scores"]
+        self.scores, self.evaluated = list(saved["scores"]), saved["evaluated"]
         self.losses.load_state_dict(saved["losses"])
         for link in self.trainer:
             link.load_state_dict(to_device(saved["links"][link.name], self.device))
-        set_random_state(saved["random"])
+        set_random_state(saved["random"], self.device)

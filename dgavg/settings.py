@@ -8,7 +8,7 @@ import os
 import types
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dgavg.errors import UserError, unknown
 
@@ -34,6 +34,8 @@ def fits(value: object, kind: Any) -> bool:
         return True
     if origin in (Union, types.UnionType):
         return any(fits(value, k) for k in args)
+    if origin is Literal:
+        return value in args
     if origin is collections.abc.Callable:
         return callable(value)
     if origin in (list, tuple, collections.abc.Sequence):
@@ -53,6 +55,8 @@ def words(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(words(k) for k in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
     if origin is collections.abc.Callable:
         return "a function of the step"
     if origin in (list, tuple, collections.abc.Sequence):

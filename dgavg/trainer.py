@@ -35,6 +35,7 @@ Scores = Mapping[str, Mapping[str, float]]  # candidate -> {"accuracy", "loss"} 
 
 TRAINERS: dict[str, type[Trainer]] = {}
 TAPS = ("setup", "after_step", "after_eval", "after_epoch", "after_fit")
+NUMBERS = (float, float | None, Schedule)
 POLICIES = ("keep", "average", "recalibrate")
 
 
@@ -54,14 +55,20 @@ def state(factory: Callable[[], Any] = lambda: None) -> Any:
     """A field that changes while training: never a setting, always saved and restored.
 
     Its value is a number, a string, a tensor, `None`, a list or dict of those, or an object with
-    `state_dict` and `load_state_dict`.
+    `state_dict` and `load_state_dict` that `setup` makes.
     """
     return field(init=False, default_factory=factory)
 
 
+def is_object(value: object) -> bool:
+    """Whether a value saves and restores itself."""
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+
 @dataclass(slots=True, eq=False)
 class Trainer:
-    """One link of a chain. Links are final: this is the only class they inherit.
+    """One link of a chain. Links are final: this is the only class they inherit, and they reach the
+    link they decorate as `self.inner`, never by `super()`.
 
     `inner` is the link that this one decorates; only `basic` has none. Traits of a class:
     `outermost` it rewrites the live weights, so it must come first; `min_domains` fewest training
@@ -85,8 +92,10 @@ class Trainer:
         kinds = get_type_hints(type(self))
         for key, value in self.settings().items():
             check_type(value, kinds[key], f"trainer.{self.name}.{key}")
-            if fits(0.0, kinds[key]) and fits(value, int):
+            if kinds[key] in NUMBERS and fits(value, float):
                 setattr(self, key, float(value))  # 1 and 1.0 are one setting
+            elif fits(value, int):
+                setattr(self, key, int(value))  # NumPy's too
         self.validate()
 
     def validate(self) -> None:
@@ -152,7 +161,10 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The `state()` fields of this link by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
-        return {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in values.items()}
+        return {
+            k: {"object": type(v).__name__, "state": v.state_dict()} if is_object(v) else v
+            for k, v in values.items()
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -163,8 +175,10 @@ class Trainer:
         )
         for key, value in saved.items():
             current = getattr(self, key)
-            if hasattr(current, "load_state_dict"):
-                current.load_state_dict(value)
+            if isinstance(value, Mapping) and value.keys() == {"object", "state"}:
+                made = f"{self.name}.{key} was a {value['object']}; make it in setup"
+                require(is_object(current), f"{made}, so that a checkpoint can be loaded into it")
+                current.load_state_dict(value["state"])
             elif isinstance(current, Tensor):
                 current.copy_(value)
             else:

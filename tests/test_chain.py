@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dgavg import Trainer, UserError, chain, check, trainer
+from dgavg import Trainer, UserError, chain, check, fit, trainer
 from dgavg.chain import known_trainers, plugins, renew, settings_of, spec_of
 from dgavg.cli import main
 from dgavg.testing import toy_run
+from dgavg.testing.contract import same
 from dgavg.trainers import EMA, IRM, MA, SWA, Basic
 
 
@@ -24,15 +25,22 @@ def test_a_chain_by_name_is_the_chain_by_hand():
 
 
 def test_a_renewed_chain_has_the_settings_but_not_the_state():
-    head = MA(EMA(Basic(), decay=0.9))
-    run = toy_run(head)
-    run.step(run.batches(0))
-    run.t += 1
-    run.tap("after_step")
+    head = toy_run(MA(EMA(Basic(), decay=0.9))).trainer
+    assert head.inner.average is not None
     again = renew(head)
     assert settings_of(again) == settings_of(head)
     assert again.inner.average is None
-    assert head.inner.average.count == 1
+
+
+def test_one_chain_serves_any_number_of_runs():
+    """Counters and averages belong to the run, not to the chain it was made from."""
+    head = MA(EMA(Basic()), start=1, every=2)
+    first, second = toy_run(head), toy_run(head)
+    fit(first)
+    fit(second)
+    assert head.epochs == 0
+    assert same(first.state_dict(), second.state_dict())
+    assert first.trainer.average is not second.trainer.average
 
 
 def test_settings_of_a_function_are_its_name():
@@ -50,7 +58,9 @@ def ramp(t: int) -> float:
         ("ma_swda_basic", {}, r"no trainer 'swda' in 'ma_swda_basic'; did you mean 'swa'\?"),
         ("ma__basic", {}, "no trainer ''"),
         ("", {}, "no trainer ''"),
-        ("MA_basic", {}, r"no trainer 'MA'"),
+        ("MA_basic", {}, r"no trainer 'MA' in 'MA_basic'; did you mean 'ma'"),
+        ("ema_basic", {"ema": 0.9}, "ema=0.9: settings are a dict, by name"),
+        (None, {}, r"chain\(None\): a name such as 'ema_basic'"),
         ("irm_basic", {"irm": {"wieght": 1}}, r"no setting 'wieght' in trainer.irm; did you mean"),
         ("irm_basic", {"ema": {"decay": 0.9}}, "no trainer 'ema' in 'irm_basic', though it has"),
         ("ema_ema_basic", {}, "ema_ema_basic: 'ema' stands in the chain twice"),
@@ -70,7 +80,7 @@ def test_domains_that_are_too_few_are_refused():
         check(chain("coral_basic"), domains=1)
     with pytest.raises(UserError, match="'vrex' needs at least 2"):
         toy_run("vrex_basic", domains=1)
-    toy_run("irm_basic", domains=1)
+    toy_run("ema_basic", domains=1)
 
 
 def test_a_link_that_compares_domains_is_refused_under_one_that_splits_them():

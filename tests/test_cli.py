@@ -60,13 +60,13 @@ def test_options_may_stand_between_settings(dgavg):
 
 
 def test_a_multirun_prints_one_table_of_all_chains(dgavg, tmp_path):
-    out, _ = dgavg("seeds=[0] -m trainer=ma_basic,ema_irm_basic", *SMALL)
+    out, _ = dgavg("seeds=[0] -m trainer=ma_basic,ema_coral_basic", *SMALL)
     assert out.count("against live") == 1
     rows = [line.split()[:2] for line in out.splitlines()[6:]]
     assert rows == [
         ["ma_basic", "live"],
         ["ma", rows[1][1]],
-        ["ema_irm_basic", "live"],
+        ["ema_coral_basic", "live"],
         ["ema", rows[3][1]],
     ]
     assert len(list((tmp_path / "runs").iterdir())) == 2  # and nothing of Hydra's
@@ -202,7 +202,7 @@ def test_help_says_the_commands_and_every_setting_with_its_value(dgavg):
 
 def test_cfg_job_prints_the_settings_and_runs_nothing(dgavg, tmp_path):
     found = yaml.safe_load(dgavg("trainer=ma_irm_basic trainer.irm.weight=3 --cfg job")[0])
-    assert json.dumps(found["trainer"]["irm"]) == '{"weight": 3.0, "anneal": 500}'
+    assert json.dumps(found["trainer"]["irm"]) == '{"weight": 3.0, "anneal": 500.0}'
     assert not any(tmp_path.iterdir())
 
 

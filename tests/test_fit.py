@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dgavg import Candidate, Trainer, fit, state, trainer
+from dgavg.fit import FLUSH
 from dgavg.losslog import LossLog, NonFiniteLossError
 from dgavg.testing import toy_run
 from dgavg.testing.contract import check_resume
@@ -94,8 +95,8 @@ def test_an_exception_names_its_place_in_the_chain():
             raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom") as caught:
-        fit(toy_run("ema_breaks_irm_basic"))
-    assert caught.value.__notes__ == ["in trainer chain ema > [breaks] > irm > basic"]
+        fit(toy_run("ema_breaks_coral_basic"))
+    assert caught.value.__notes__ == ["in trainer chain ema > [breaks] > coral > basic"]
 
 
 def poisoned(at):
@@ -114,6 +115,14 @@ def poisoned(at):
 def test_a_loss_that_is_not_finite_names_step_and_term():
     with pytest.raises(NonFiniteLossError, match="step 4: the term 'poison' is nan; try a lower"):
         fit(poisoned(at=4))
+
+
+def test_losses_are_looked_at_long_before_a_late_evaluation():
+    run = poisoned(at=4)
+    run.steps = run.eval_every = 1000
+    with pytest.raises(NonFiniteLossError, match="step 4"):
+        fit(run)
+    assert run.t == FLUSH
 
 
 def test_a_loss_that_is_not_finite_names_the_domain():
@@ -136,15 +145,15 @@ def test_a_loss_that_is_not_finite_names_the_domain():
 
 
 def test_mean_losses_are_those_of_the_steps_since_the_last_reading():
-    run, log = toy_run("irm_basic"), LossLog(["a", "b", "c"])
+    run, log = toy_run("coral_basic"), LossLog(["a", "b", "c"])
     written = []
     for t in range(5):
         loss = run.loss(run.batches(t))
         log.write(loss)
-        written.append([loss.total.item(), *loss.risks.tolist(), loss.terms["irm"].item()])
+        written.append([loss.total.item(), *loss.risks.tolist(), loss.terms["coral"].item()])
     log.flush(5)
     means = log.read()
-    assert list(means) == ["total", "risk/a", "risk/b", "risk/c", "term/irm"]
+    assert list(means) == ["total", "risk/a", "risk/b", "risk/c", "term/coral"]
     expected = [sum(column) / 5 for column in zip(*written, strict=True)]
     assert list(means.values()) == pytest.approx(expected)
     assert log.last == pytest.approx(written[-1][0])
@@ -152,7 +161,7 @@ def test_mean_losses_are_those_of_the_steps_since_the_last_reading():
 
 
 def test_the_total_is_the_weighted_risks_and_all_terms():
-    run = toy_run("irm_coral_basic")
+    run = toy_run("irm_coral_basic", {"irm": {"anneal": 0}})
     loss = run.loss(run.batches(0))
     assert set(loss.terms) == {"irm", "coral"}
     plain = loss.risks.mean() + loss.terms["irm"] + loss.terms["coral"]

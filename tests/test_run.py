@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from dgavg import Candidate, Run, Trainer, UserError, fit, state, trainer
+from dgavg.averaging import RunningMean
 from dgavg.chain import chain
 from dgavg.testing import ToyBatches, toy_model, toy_run
-from dgavg.testing.contract import same
+from dgavg.testing.contract import check_resume, same
+from dgavg.trainers import EMA
 
 
 def test_live_aliases_the_model_and_is_taken_once():
@@ -151,8 +153,17 @@ def test_the_optimizer_forgets_its_moments_once():
 
 def test_a_checkpoint_of_another_chain_is_refused():
     saved = toy_run("ema_basic").state_dict()
-    with pytest.raises(UserError, match="of the chain 'ema_basic', the run is 'sma_basic'"):
+    with pytest.raises(UserError, match=r"checkpoint is of the chain \{'ema': .*, the run is of"):
         toy_run("sma_basic", {"sma": {"start": 2}}).load_state_dict(saved)
+    with pytest.raises(UserError, match=r"'decay': 0.99.* the run is of .*'decay': 0.5"):
+        toy_run("ema_basic", {"ema": {"decay": 0.5}}).load_state_dict(saved)
+
+
+def test_a_checkpoint_that_lacks_something_is_refused():
+    run = toy_run("basic")
+    saved = {k: v for k, v in run.state_dict().items() if k not in ("links", "t")}
+    with pytest.raises(UserError, match="the checkpoint lacks links, t"):
+        run.load_state_dict(saved)
 
 
 def test_a_checkpoint_of_another_model_is_refused():
@@ -164,7 +175,8 @@ def test_a_checkpoint_of_another_model_is_refused():
 
 
 def test_a_checkpoint_holds_nothing_that_could_run_code():
-    run = toy_run("ma_sma_ema_swa_irm_mixup_sam_basic", {"sma": {"start": 2}})
+    settings = {"sma": {"start": 2}, "irm": {"anneal": 3}}
+    run = toy_run("ma_sma_ema_swa_irm_mixup_sam_basic", settings)
     fit(run)
     file = io.BytesIO()
     torch.save(run.state_dict(), file)
@@ -198,6 +210,14 @@ def test_bf16_trains_and_keeps_weights_and_averages_in_float32():
     ("changes", "message"),
     [
         ({"steps": 0}, "steps=0: a run has at least one step"),
+        ({"steps": 2.5}, "steps=2.5 must be an integer"),
+        ({"seed": -1}, "seed=-1: a number from 0 on"),
+        ({"eval_every": -3}, "eval_every=-3: a number of steps"),
+        ({"batches": [1]}, "batches has no names: see dgavg.run.Batches"),
+        ({"optimizer": 0.1}, "optimizer is a function of the parameters"),
+        ({"trainer": EMA}, "is not a chain, such as EMA"),
+        ({"trainer": "emma_basic"}, "no trainer 'emma' in 'emma_basic'; did you mean 'ema'"),
+        ({"model": toy_model().requires_grad_(False)}, "Model has no parameter that could be"),
         ({"precision": "fp8"}, "precision=fp8: choose fp32 or bf16"),
         ({"model": nn.Linear(4, 3)}, "Linear has no featurizer: wrap it as dgavg.models.Model"),
         ({"trainer": chain("coral_basic"), "batches": ToyBatches(1)}, "at least 2 training"),
@@ -247,3 +267,98 @@ def test_a_tensor_that_a_link_came_to_hold_is_restored_on_the_device_of_the_run(
     again.device = torch.device("meta")  # any device that is not the file's
     again.load_state_dict(saved)
     assert again.trainer.seen["logits"][0].device.type == "meta"
+
+
+def test_groups_of_parameters_keep_their_own_learning_rates():
+    """A backbone and a head at 1 : 100, both halved by the schedule."""
+    model = toy_model()
+
+    def optimizer(parameters):
+        del parameters
+        groups = [(model.featurizer, 1e-3), (model.classifier, 1e-1)]
+        return torch.optim.SGD([{"params": m.parameters(), "lr": lr} for m, lr in groups], lr=1.0)
+
+    run = Run("basic", model, ToyBatches(), steps=3, optimizer=optimizer, schedule=lambda t: 0.5)
+    fit(run)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [0.5e-3, 0.5e-1]
+
+
+def test_taps_build_no_graph_but_the_phase_after_the_last_step_may_train():
+    seen = {}
+
+    @trainer("phases")
+    class Phases(Trainer):
+        """Notes where gradients are on."""
+
+        def after_step(self, run):
+            seen["after_step"] = torch.is_grad_enabled()
+
+        def after_fit(self, run):
+            seen["after_fit"] = torch.is_grad_enabled()
+            run.step(run.batches(run.t))
+
+    fit(toy_run("phases_basic", steps=2))
+    assert seen == {"after_step": False, "after_fit": True}
+
+
+def test_an_object_that_setup_does_not_make_cannot_be_restored_and_says_so():
+    @trainer("lazy")
+    class Lazy(Trainer):
+        """Makes its average at the first step."""
+
+        average: object = state()
+
+        def after_step(self, run):
+            self.average = self.average or RunningMean(run.live)
+
+    with pytest.raises(UserError, match=r"lazy\.average was a RunningMean; make it in setup"):
+        check_resume("lazy_basic", {}, steps=(4,))
+
+
+def test_buffers_that_no_state_dict_holds_are_restored():
+    run = toy_run("basic")
+    run.model.register_buffer("seen", torch.zeros(1), persistent=False)
+    first = Run("basic", run.model, ToyBatches(), steps=2)
+    saved = copy.deepcopy(first.state_dict())
+    run.model.seen.fill_(7.0)
+    first.load_state_dict(saved)
+    assert run.model.seen.item() == 0.0
+
+
+def test_scores_of_any_number_type_make_a_checkpoint_that_can_be_read():
+    import numpy as np
+
+    run = toy_run("basic", steps=3)
+    run.evaluate = lambda run: {"live": {"accuracy": np.float64(0.5), "loss": np.float32(1)}}
+    fit(run)
+    file = io.BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["scores"] == [{"live": {"accuracy": 0.5, "loss": 1}}]
+
+
+def test_modules_beside_the_model_live_on_its_device():
+    @trainer("beside")
+    class Beside(Trainer):
+        """Offers a module."""
+
+        def module(self, run):
+            return nn.Linear(2, 2)
+
+    run = Run("beside_basic", toy_model().to("meta"), ToyBatches(), steps=1)
+    assert run.extras["beside"].weight.device.type == "meta"
+
+
+def test_seeding_chooses_deterministic_kernels_and_repeats_every_draw():
+    import random
+
+    import numpy as np
+
+    from dgavg.seeding import seed_everything
+
+    torch.backends.cudnn.deterministic = False
+    seed_everything(3)
+    assert torch.backends.cudnn.deterministic
+    first = [random.random(), np.random.rand(), torch.rand(()).item()]
+    seed_everything(3)
+    assert [random.random(), np.random.rand(), torch.rand(()).item()] == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ def test_settings_that_do_not_fit_a_signature_are_refused(settings, message):
 
 
 def test_settings_that_fit_pass():
+    assert fits("a", Literal["a", "b"])
+    assert not fits("c", Literal["a", "b"])
     check_settings(build, {"lr": 1, "size": 2, "names": ["a"], "root": None}, "data")
     assert fits([1, 2.5], list[float])
     assert not fits([1, "a"], list[float])
@@ -69,6 +72,12 @@ def test_optimizer_settings_reach_torch():
         ({"name": "adam", "lr": 0.0}, "optimizer.lr=0.0: a number above 0"),
         ({"name": "adam", "lr": 0.1, "momentum": 0.9}, "no setting 'momentum' in optimizer"),
         ({"name": "adam", "lr": 0.1, "weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
+        ({"name": "sgd", "lr": 0.1, "momentum": -1.0}, r"optimizer.momentum=-1.0: a number in \[0"),
+        ({"name": "adam", "lr": 0.1, "beta1": 1.5}, r"optimizer.beta1=1.5: a number in \[0, 1\)"),
+        (
+            {"name": "sgd", "lr": 0.1, "momentum": 0.0, "nesterov": True},
+            "optimizer.nesterov=true needs optimizer.momentum above 0",
+        ),
     ],
 )
 def test_an_optimizer_that_cannot_work_is_refused(settings, message):

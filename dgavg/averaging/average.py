@@ -42,6 +42,8 @@ class WeightAverage:
     ) -> None:
         if buffers not in BUFFERS:
             raise ValueError(f"buffers={buffers!r}: choose average or copy")
+        if buffers == "copy" and buffer_names is None and isinstance(source, Mapping):
+            raise ValueError("buffers='copy' of a mapping: name its buffers in buffer_names")
         self.count = 0
         tensors = named_tensors(source)
         if buffer_names is None and isinstance(source, nn.Module):
@@ -63,7 +65,7 @@ class WeightAverage:
             else:
                 self._copied[name] = tensor.detach().clone()
         self._dtypes = {k: tensors[k].dtype for k in self._averaged}
-        self._plan: tuple[nn.Module | Named, list[Tensor], list[Tensor]] | None = None
+        self._plan: tuple[list[int], list[Tensor], list[Tensor]] | None = None
         self._narrow = False  # some live tensor is not in the dtype of its average
 
     def rate(self) -> float:
@@ -88,16 +90,17 @@ class WeightAverage:
     def _live(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors to average and those to copy, in the order of `_averaged` and `_copied`.
 
-        Cached for a mapping, which aliases the same tensors every time.
+        Cached for a mapping as long as it holds the same memory.
         """
-        if self._plan is not None and self._plan[0] is source and isinstance(source, Mapping):
+        memory = [t.data_ptr() for t in source.values()] if isinstance(source, Mapping) else []
+        if memory and self._plan is not None and self._plan[0] == memory:
             return self._plan[1:]
         tensors = named_tensors(source)
         stored = self._stored()
         check_same({name: stored[k] for name, k in self._owner.items()}, tensors)
         live = [real(tensors[k].detach()) for k in self._averaged]
         copied = [tensors[k].detach() for k in self._copied]
-        self._plan = (source, live, copied)
+        self._plan = (memory, live, copied)
         self._narrow = any(
             t.dtype != m.dtype for t, m in zip(live, self._averaged.values(), strict=True)
         )

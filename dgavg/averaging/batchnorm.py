@@ -58,16 +58,17 @@ def batchnorm_recalibration(
 ) -> Iterator[None]:
     """Forward passes in this block give `model` its batch-norm statistics anew.
 
-    Inside, only the batch-norm `layers` (by default those in training mode, so frozen ones stay)
-    normalise by the batch; everything else is in evaluation mode. On leaving, their running
-    statistics are the exact moments over all rows they saw, and every mode is as it was. Feed it
-    batches that mix all domains: deeper layers see inputs normalised by the batch.
+    Inside, only the batch-norm `layers` (by default all, but where the model is in training mode
+    those that are too, so frozen ones stay) normalise by the batch; everything else is in
+    evaluation mode. On leaving, their running statistics are the exact moments over all rows they
+    saw, and every mode is as it was. Feed it batches that mix all domains: deeper layers see inputs
+    normalised by the batch.
 
     Raises `ValueError` where no batch came; after that, or any exception, the statistics are as
     before.
     """
     if layers is None:
-        layers = [m for m in batchnorm_layers(model) if m.training]
+        layers = [m for m in batchnorm_layers(model) if m.training or not model.training]
     modes = {m: m.training for m in model.modules()}
     tracked = {m: m.track_running_stats for m in layers}
     moments = {m: _Moments() for m in layers}

@@ -13,7 +13,8 @@ from dgavg.averaging.parameters import Named
 class ExponentialMean(WeightAverage):
     """The exponential moving average a ← d·a + (1 − d)·w, started at the first weights taken in.
 
-    Polyak and Juditsky 1992; `decay` d in [0, 1) remembers about 1/(1 − d) updates.
+    Tarvainen and Valpola 2017, arXiv 1703.01780. `decay` d in [0, 1) remembers about 1/(1 − d)
+    updates.
     """
 
     def __init__(self, source: nn.Module | Named, *, decay: float = 0.999, **options: Any) -> None:

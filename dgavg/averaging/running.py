@@ -19,6 +19,8 @@ class RunningMean(WeightAverage):
 
     def __init__(self, source: nn.Module | Named, *, first_count: int = 1, **options: Any) -> None:
         super().__init__(source, **options)
+        if first_count < 1:
+            raise ValueError(f"first_count={first_count}: at least 1")
         self.first_count = first_count
 
     def rate(self) -> float:

@@ -179,7 +179,7 @@ class _Fold:
             self._splits(splits, index),
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
-            autocast=self.run.autocast,
+            forward=lambda twin, images: self.run.forward(images, twin)[1],
         )
         self.clock = _Clock()
         self.events: EventFiles | None = None

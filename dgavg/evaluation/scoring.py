@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,10 @@ class Scorer:
         pooled: Callable[[], Iterable[Tensor]],
         *,
         batch_size: int = 512,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        forward: Callable[[nn.Module, Tensor], Tensor] = lambda model, images: model(images),
     ) -> None:
         self.model, self.splits, self.pooled = model, splits, pooled
-        self.batch_size, self.autocast = batch_size, autocast
+        self.batch_size, self.forward = batch_size, forward
         self._twins: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -82,8 +82,7 @@ class Scorer:
         sums: dict[tuple[str, str], Tensor] = {}
         for split, images, labels in self._batches():
             for name, twin in twins.items():
-                with self.autocast():
-                    logits = twin(images).float()
+                logits = self.forward(twin, images)
                 right = (logits.argmax(dim=1) == labels).sum()
                 found = torch.stack([right, F.cross_entropy(logits, labels, reduction="sum")])
                 sums[name, split] = sums[name, split] + found if (name, split) in sums else found
@@ -108,7 +107,9 @@ class Scorer:
             f"candidate {name!r}: batch-norm policy {candidate.batchnorm!r}; choose one of "
             + ", ".join(POLICIES),
         )
-        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        held = (vars(m).values() for m in self.model.modules())  # such as a last activation
+        tensors = (*self.model.parameters(), *self.model.buffers(), *itertools.chain(*held))
+        shared = {id(t): t for t in tensors if isinstance(t, Tensor)}
         twin = copy.deepcopy(self.model, memo=shared)
         live = self.model.state_dict()
         names = {plain_name(k): k for k in live}
@@ -131,8 +132,8 @@ class Scorer:
             return
         with ExitStack() as stack:
             for twin in twins:
-                stack.enter_context(batchnorm_recalibration(twin))
+                layers = [m for m in batchnorm_layers(twin) if m.training]  # frozen ones stay
+                stack.enter_context(batchnorm_recalibration(twin, layers))
             for images in self.pooled():
                 for twin in twins:
-                    with self.autocast():
-                        twin(images)
+                    self.forward(twin, images)

@@ -48,6 +48,8 @@ def selected_step(records: Sequence[Mapping[str, Any]], candidate: str, rule: st
                 "evaluate=all or protocol.selection=oracle",
             )
             return float(splits[f"{held_out}/out"]["accuracy"])
-        return validation_score(splits, held_out)
+        found = validation_score(splits, held_out)
+        require(not math.isnan(found), "no validation part of a training domain was scored")
+        return found
 
     return max(indices, key=score)

@@ -21,8 +21,8 @@ class Basic(Trainer):
     def step(self, run: Run, batch: Batch) -> Loss:
         """Prepare the batch, take the gradient, let the optimizer step."""
         lr = run.lr()
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(run.optimizer.param_groups, run.lr_scales, strict=True):
+            group["lr"] = lr * scale
         loss = run.grad(run.prepare(batch))
         run.optimizer.step()
         return loss

@@ -297,3 +297,18 @@ def test_a_mask_of_infinities_is_copied_since_it_has_no_mean():
     assert average.weights()["mask"].tolist() == [0.0, -torch.inf]
     average.copy_to(model)
     assert model.mask.tolist() == [0.0, -torch.inf]
+
+
+def test_a_mapping_whose_tensors_are_replaced_is_followed():
+    """As in a functional training loop."""
+    weights = {"w": torch.zeros(1)}
+    average = RunningMean(weights)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        weights["w"] = torch.full((1,), value)
+        average.update(weights)
+    assert average.weights()["w"].item() == 2.5
+
+
+def test_copied_buffers_of_a_mapping_must_be_named():
+    with pytest.raises(ValueError, match="name its buffers in buffer_names"):
+        RunningMean(nn.BatchNorm1d(2).state_dict(), buffers="copy")

@@ -139,8 +139,16 @@ def test_frozen_layers_stay_as_they_are_and_normalise_as_they_did():
     assert not frozen.training
 
 
+def test_a_model_in_evaluation_mode_is_recalibrated_and_stays_in_it():
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    recalibrate_batchnorm(model, [torch.randn(50, 2) + 5])
+    assert model[0].running_mean.min() > 4
+    assert not model[0].training
+
+
 def test_a_model_that_is_all_frozen_is_left_alone():
-    model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    model = nn.Sequential(nn.BatchNorm1d(3)).train()
+    model[0].eval()
     before = statistics(model)
     recalibrate_batchnorm(model, [torch.randn(5, 3)])
     recalibrate_batchnorm(model, [])

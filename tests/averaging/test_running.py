@@ -32,3 +32,8 @@ def test_the_first_snapshot_counts_as_often_as_asked(first_count, shares):
         live["w"].copy_(row)
         average.update(live)
     assert average.weights()["w"].tolist() == pytest.approx(shares)
+
+
+def test_a_first_count_below_1_is_refused():
+    with pytest.raises(ValueError, match="first_count=0: at least 1"):
+        RunningMean({"w": torch.zeros(1)}, first_count=0)

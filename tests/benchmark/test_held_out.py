@@ -8,7 +8,12 @@ import torch
 from dgavg.data import Domain, DomainDataset
 
 CHAIN = "ma_sma_ema_swa_irm_mixup_basic"
-SETTINGS = {"trainer.sma.start": 4, "trainer.swa.start": 6, "optimizer.lr": 0.05}
+SETTINGS = {
+    "trainer.irm.anneal": 10,
+    "trainer.sma.start": 4,
+    "trainer.swa.start": 6,
+    "optimizer.lr": 0.05,
+}
 
 
 @pytest.fixture

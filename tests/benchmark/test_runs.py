@@ -19,6 +19,7 @@ from dgavg.trainers import IRM, Basic
 
 CHAIN = "sma_ema_swa_irm_basic"
 SETTINGS = {
+    "trainer.irm.anneal": 5,
     "trainer.sma.start": 4,
     "trainer.sma.batchnorm": "keep",
     "trainer.swa.start": 6,

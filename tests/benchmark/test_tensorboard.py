@@ -7,7 +7,13 @@ import pytest
 pytest.importorskip("tensorboard")
 
 WORDS = [
-    *("trainer=ema_irm_basic", "model.width=16", "protocol.steps=60", "protocol.eval_every=20"),
+    *(
+        "trainer=ema_irm_basic",
+        "trainer.irm.anneal=30",
+        "model.width=16",
+        "protocol.steps=60",
+        "protocol.eval_every=20",
+    ),
     *("holdout=[0]", "seeds=[0]", "logger=tensorboard"),
 ]
 

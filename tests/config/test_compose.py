@@ -57,8 +57,8 @@ def test_settings_are_typed():
     assert config.trainer.irm.weight == 10.0
     assert isinstance(config.trainer.irm.weight, float)
     with pytest.raises(UserError) as caught, explained():
-        compose(["trainer=irm_basic", "trainer.irm.anneal=1.5"])
-    assert str(caught.value) == "trainer.irm.anneal=1.5 must be an integer"
+        compose(["trainer=ema_basic", "trainer.ema.every=1.5"])
+    assert str(caught.value) == "trainer.ema.every=1.5 must be an integer"
 
 
 def test_a_link_with_a_setting_that_must_be_given():
@@ -128,9 +128,10 @@ def test_a_mistake_in_an_experiment_is_one_line(name, message, overlays, capsys)
 
 def test_the_command_line_and_python_name_a_run_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["trainer=ema_irm_basic", "trainer.irm.weight=10", "optimizer.lr=1e-3", *SMALL]
+    irm = ["trainer.irm.weight=10", "trainer.irm.anneal=2"]
+    words = ["trainer=ema_irm_basic", *irm, "optimizer.lr=1e-3", *SMALL]
     assert cli.main([*words, "runs=cli"]) == 0
-    links = chain("ema_irm_basic", irm={"weight": 10})
+    links = chain("ema_irm_basic", irm={"weight": 10, "anneal": 2})
     dotted = {"optimizer.lr": 1e-3, "model.width": 8, "protocol.steps": 4}
     table = leave_one_domain_out(
         links, settings=dotted, seeds=[0], holdout=[45], runs="python", quiet=True

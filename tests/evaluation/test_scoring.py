@@ -312,7 +312,18 @@ def test_no_training_images_are_refused(model, splits, candidates):
 def test_forward_passes_run_in_the_precision_of_the_run(model, splits, pool, candidates):
     dtypes = set()
     model.classifier.register_forward_hook(lambda module, inputs, out: dtypes.add(out.dtype))
-    Scorer(model, splits, pool, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)).score(
-        candidates
-    )
+
+    def forward(twin, images):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return twin(images).float()
+
+    Scorer(model, splits, pool, forward=forward).score(candidates)
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_model_that_keeps_its_last_activation_is_scored(model, splits, pool):
+    model.register_forward_hook(lambda module, inputs, out: setattr(module, "last", out))
+    model(splits["a/out"].images.float())
+    assert not model.last.is_leaf
+    found = scorer_of(model, splits, pool).score({"live": Candidate(model.state_dict())})
+    assert set(found["live"]) == set(splits)

@@ -8,6 +8,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Schedule, Trainer, trainer
+from dgavg.trainers.loss.anneal import check_weight
 
 
 @trainer("coral", min_domains=2)
@@ -24,6 +25,10 @@ class CORAL(Trainer):
     """
 
     weight: Schedule = 1.0
+
+    def validate(self) -> None:
+        """Refuse settings out of range."""
+        check_weight("coral", self.weight)
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""

@@ -7,7 +7,8 @@ from torch import Tensor
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Schedule, Trainer, trainer
+from dgavg.trainer import Schedule, Trainer, state, trainer
+from dgavg.trainers.loss.anneal import annealed, check_weight, reset_at
 
 
 @trainer("irm")
@@ -18,8 +19,8 @@ class IRM(Trainer):
     on the logits at 1, over the even and the odd rows: an unbiased estimate of the squared slope.
 
     - `weight` (100; usual 0.1 to 1e5).
-    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are
-      reset, as in DomainBed.
+    - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
+      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
 
     Cost: none beyond the forward pass (the slopes have a closed form). Pays where a feature
     predicts well in every training domain with different strength (ColoredMNIST, with the oracle
@@ -28,28 +29,30 @@ class IRM(Trainer):
     """
 
     weight: Schedule = 100.0
-    anneal: int = 500
+    anneal: float = 500
+    jump: int = state(int)
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.anneal >= 0, f"trainer.irm.anneal={self.anneal}: a number of steps from 0 on")
+        check_weight("irm", self.weight)
+        require(self.anneal >= 0, f"trainer.irm.anneal={self.anneal}: a number from 0 on")
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""
         out = self.inner.loss(run, batch)
-        weight = run.at(self.weight) if run.t >= self.anneal else 1.0
+        weight = annealed(run, self.weight, self.jump)
         out.terms["irm"] = weight * penalty(out.logits, batch)
         return out
 
     def setup(self, run: Run) -> None:
-        """Refuse batches that have no two halves."""
+        """Find the step of the jump; refuse batches that have no two halves."""
+        self.jump = run.step_of(self.anneal, "trainer.irm.anneal")
         rows = len(run.batches(0).y) // len(run.names)
         require(rows > 1, "irm needs at least 2 images of each domain a batch")
 
     def after_step(self, run: Run) -> None:
         """Reset the optimizer where the weight jumps."""
-        if run.t == self.anneal:
-            run.reset_optimizer()
+        reset_at(run, self.jump)
 
 
 def penalty(logits: Tensor, batch: Batch) -> Tensor:

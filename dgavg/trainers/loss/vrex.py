@@ -5,7 +5,8 @@ from __future__ import annotations
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Schedule, Trainer, trainer
+from dgavg.trainer import Schedule, Trainer, state, trainer
+from dgavg.trainers.loss.anneal import annealed, check_weight, reset_at
 
 
 @trainer("vrex", min_domains=2)
@@ -15,28 +16,33 @@ class VREx(Trainer):
     Adds weight · mean over domains of (risk − mean risk)².
 
     - `weight` (10; usual 0.1 to 1e5).
-    - `anneal` (500): steps in which the weight is 1 instead; then the optimizer's moments are
-      reset, as in DomainBed.
+    - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
+      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
 
     Cost: none beyond the forward pass. Pays where domains differ in how well a spurious feature
     predicts (ColoredMNIST, with the oracle rule); it hurts where some domain is simply harder.
     """
 
     weight: Schedule = 10.0
-    anneal: int = 500
+    anneal: float = 500
+    jump: int = state(int)
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.anneal >= 0, f"trainer.vrex.anneal={self.anneal}: a number of steps from 0 on")
+        check_weight("vrex", self.weight)
+        require(self.anneal >= 0, f"trainer.vrex.anneal={self.anneal}: a number from 0 on")
+
+    def setup(self, run: Run) -> None:
+        """Find the step of the jump."""
+        self.jump = run.step_of(self.anneal, "trainer.vrex.anneal")
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""
         out = self.inner.loss(run, batch)
-        weight = run.at(self.weight) if run.t >= self.anneal else 1.0
+        weight = annealed(run, self.weight, self.jump)
         out.terms["vrex"] = weight * out.risks.var(correction=0)
         return out
 
     def after_step(self, run: Run) -> None:
         """Reset the optimizer where the weight jumps."""
-        if run.t == self.anneal:
-            run.reset_optimizer()
+        reset_at(run, self.jump)

@@ -11,9 +11,10 @@ from dgavg.trainers.weights.shadow import buffers_for, check_shadow, offer
 
 @trainer("ema")
 class EMA(Trainer):
-    """Exponential moving average, a ← decay·a + (1 − decay)·w (Polyak and Juditsky 1992).
+    """Exponential moving average, a ← decay·a + (1 − decay)·w (Tarvainen and Valpola 2017).
 
-    A shadow: training is untouched, bit for bit. Offers `ema`, which starts at the first iterate.
+    arXiv 1703.01780. A shadow: training is untouched, bit for bit. Offers `ema`, which starts at
+    the first iterate.
 
     - `decay` (0.99; usual 0.99 to 0.9999): it remembers about 1/(1 − decay) updates, which should
       be well below the run's steps, or the first weights never fade.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dgavg.averaging import WeightAverage
 from dgavg.errors import require
 from dgavg.trainer import POLICIES, Candidate
@@ -15,7 +17,8 @@ def buffers_for(policy: str) -> str:
 def check_shadow(name: str, start: float, every: int, policy: str) -> None:
     """Raise `UserError` for settings that no average can have."""
     require(
-        start >= 0, f"trainer.{name}.start={start}: a share of the run below 1, or a step from 1 on"
+        start >= 0 and math.isfinite(start),
+        f"trainer.{name}.start={start}: a share of the run below 1, or a step from 1 on",
     )
     require(every >= 1, f"trainer.{name}.every={every}: at least 1")
     require(

@@ -18,7 +18,7 @@ def vrex(weight, anneal):
     return loss
 
 
-@pytest.mark.parametrize("anneal", [0, 5, 12])
+@pytest.mark.parametrize("anneal", [0, 5, 11])
 def test_training_weighs_1_before_anneal_and_resets_the_optimizer_there_once(anneal):
     run = trained("vrex_basic", {"vrex": {"weight": 5.0, "anneal": anneal}})
     model = plain_training(vrex(5.0, anneal), renew_at=anneal)
@@ -41,5 +41,16 @@ def test_a_single_domain_is_refused():
 
 
 def test_a_negative_anneal_is_refused():
-    with pytest.raises(UserError, match=r"vrex.anneal=-1: a number of steps from 0 on"):
+    with pytest.raises(UserError, match=r"trainer\.vrex\.anneal=-1.0: a number from 0 on"):
         chain("vrex_basic", vrex={"anneal": -1})
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_finite_number_from_0_on_is_refused(weight):
+    with pytest.raises(UserError, match=r"trainer\.vrex\.weight=.*: a finite number from 0 on"):
+        chain("vrex_basic", vrex={"weight": weight})
+
+
+def test_a_weight_that_would_never_act_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.vrex\.anneal=500 is past the end: the run has"):
+        run_of("vrex_basic")
