@@ -61,6 +61,14 @@ def test_the_python_door_runs(tmp_path, monkeypatch, capsys):
     assert len(frame) == 6 * 2 * 3  # folds, seeds, candidates: live, ma, ema
 
 
+def test_the_run_that_is_shown_trains():
+    space: dict[str, object] = {}
+    exec(block('Run("ema_coral_basic"'), space)
+    run = space["run"]
+    assert run.t == 100  # type: ignore[attr-defined]
+    assert set(run.candidates()) == {"live", "ema"}  # type: ignore[attr-defined]
+
+
 def test_the_link_that_is_shown_works_by_name():
     exec(block('@trainer("margin")'), {"__name__": __name__})
     assert chain("ma_margin_basic", margin={"weight": 0.2}).inner.weight == 0.2

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
+import yaml
 
 from dgavg.chain import chain, settings_of
 from dgavg.config import CONF, compose, plain
@@ -35,3 +39,17 @@ def test_the_calm_experiment_is_what_the_readme_says():
     assert found["model"]["batchnorm"] is False
     assert (found["optimizer"]["lr"], found["protocol"]["batch_size"]) == (1e-3, 64)
     assert found["seeds"] == [0]
+
+
+ZOO = sorted((Path(__file__).parents[2] / "zoo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ZOO, ids=lambda path: path.stem)
+def test_a_recipe_of_the_zoo_has_a_command_that_composes_and_measured_figures(path):
+    recipe = yaml.safe_load(path.read_text())
+    program, *words = shlex.split(recipe["command"])
+    assert program == "dgavg"
+    first = [w.split(",")[0] if w.startswith("trainer=") else w for w in words if w != "-m"]
+    links = plain(compose(first))["trainer"]
+    assert "_".join(links) in recipe["measured"]
+    assert recipe["measured_on"]
