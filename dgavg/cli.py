@@ -105,6 +105,9 @@ def _for_hydra(arguments: list[str], scratch: str) -> list[str]:
         if SETTING.fullmatch(word) is None:
             near = unknown("command", word, COMMANDS) if word.isalpha() else f"no setting {word!r}"
             refuse(str(near))
+        group, _, choice = word.partition("=")
+        if choice in ("", "null") and (CONF / group).is_dir() and group != "experiment":
+            refuse(f"{word!r} leaves nothing to choose: write {group}=NAME")
     flags = list(arguments)
     for word in overrides:
         flags.remove(word)

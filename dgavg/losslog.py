@@ -34,7 +34,8 @@ class LossLog:
     @torch.no_grad()
     def write(self, loss: Loss) -> None:
         """Note one step's total, domain risks and terms."""
-        values = [loss.total.reshape(1), loss.risks, *(t.reshape(1) for t in loss.terms.values())]
+        terms = [torch.as_tensor(t).to(loss.risks).reshape(1) for t in loss.terms.values()]
+        values = [loss.total.reshape(1), loss.risks, *terms]
         self._rows.append((tuple(loss.terms), torch.cat(values)))
 
     def flush(self, t: int) -> None:

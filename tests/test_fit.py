@@ -170,3 +170,12 @@ def test_the_total_is_the_weighted_risks_and_all_terms():
 
 def test_early_stopping_and_loss_sums_survive_a_resume():
     check_resume("ma_ema_irm_basic", {"irm": {"anneal": 5}}, steps=(2, 5, 8))
+
+
+def test_a_term_may_be_a_plain_number():
+    run, log = toy_run("basic"), LossLog(["a", "b", "c"])
+    loss = run.loss(run.batches(0))
+    loss.terms["constant"] = 0.5
+    log.write(loss)
+    log.flush(1)
+    assert log.read()["term/constant"] == 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from dgavg.errors import UserError, require, unknown
@@ -49,10 +49,10 @@ def build_model(
             are no positive integers, and what the builder itself refuses.
     """
     builder = _builder(name)
-    sizes = (*input_shape, classes)
+    sizes = (*input_shape, classes) if isinstance(input_shape, Sequence) else ()
     require(
         len(sizes) == 4 and all(fits(n, int) and n > 0 for n in sizes),
-        f"model {name} cannot be built for input shape {tuple(input_shape)} and {classes} classes; "
+        f"model {name} cannot be built for input shape {input_shape} and {classes} classes; "
         "give channels, height, width and classes as positive integers",
     )
     try:

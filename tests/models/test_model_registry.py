@@ -95,3 +95,9 @@ def test_a_wrong_name_or_setting_is_one_line(
 def test_sizes_must_be_positive_integers(shape: tuple[int, int, int], classes: int) -> None:
     with pytest.raises(UserError, match="give channels, height, width and classes as positive"):
         build_model("cnn", shape, classes)
+
+
+@pytest.mark.parametrize("shape", [5, (1, 8), "abc", (1, 8, 8.5)])
+def test_an_input_shape_that_is_none_is_one_line(shape: object) -> None:
+    with pytest.raises(UserError, match=r"cannot be built for input shape .*give channels, height"):
+        build_model("mlp", shape, 3)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from plain import (
     trained,
 )
 
-from dgavg import Batch, UserError, chain
+from dgavg import Batch, UserError
 from dgavg.trainers.loss.irm import penalty
 
 
@@ -88,19 +88,3 @@ def test_moments_are_reset_at_anneal_and_at_no_other_step():
 def test_one_image_of_a_domain_is_refused():
     with pytest.raises(UserError, match="irm needs at least 2 images of each domain a batch"):
         run_of("irm_basic", {"irm": {"anneal": 0}}, rows=1)
-
-
-def test_a_negative_anneal_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.irm\.anneal=-1.0: a number from 0 on"):
-        chain("irm_basic", irm={"anneal": -1})
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_no_finite_number_from_0_on_is_refused(weight):
-    with pytest.raises(UserError, match=r"trainer\.irm\.weight=.*: a finite number from 0 on"):
-        chain("irm_basic", irm={"weight": weight})
-
-
-def test_a_weight_that_would_never_act_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.irm\.anneal=500 is past the end: the run has"):
-        run_of("irm_basic")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from plain import assert_weights, forward, mean, plain_training, risks_of, run_of, trained
 
-from dgavg import UserError, chain
+from dgavg import UserError
 
 
 def vrex(weight, anneal):
@@ -38,19 +38,3 @@ def test_moments_are_reset_at_anneal_and_at_no_other_step():
 def test_a_single_domain_is_refused():
     with pytest.raises(UserError, match="'vrex' needs at least 2 training domains, here is 1"):
         run_of("vrex_basic", domains=1)
-
-
-def test_a_negative_anneal_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.vrex\.anneal=-1.0: a number from 0 on"):
-        chain("vrex_basic", vrex={"anneal": -1})
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_no_finite_number_from_0_on_is_refused(weight):
-    with pytest.raises(UserError, match=r"trainer\.vrex\.weight=.*: a finite number from 0 on"):
-        chain("vrex_basic", vrex={"weight": weight})
-
-
-def test_a_weight_that_would_never_act_is_refused():
-    with pytest.raises(UserError, match=r"trainer\.vrex\.anneal=500 is past the end: the run has"):
-        run_of("vrex_basic")

@@ -1,0 +1,35 @@
+"""What IRM and VREx share: settings that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from dgavg import UserError, chain
+from dgavg.testing import toy_run
+
+BOTH = pytest.mark.parametrize("name", ["irm", "vrex"])
+
+
+@BOTH
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_finite_number_from_0_on_is_refused(name, weight):
+    with pytest.raises(UserError, match=rf"trainer\.{name}\.weight=.*: a finite number from 0 on"):
+        chain(f"{name}_basic", **{name: {"weight": weight}})
+
+
+@BOTH
+def test_a_negative_anneal_is_refused(name):
+    with pytest.raises(UserError, match=rf"trainer\.{name}\.anneal=-1\.0: a number from 0 on"):
+        chain(f"{name}_basic", **{name: {"anneal": -1}})
+
+
+@BOTH
+def test_a_weight_that_would_never_act_is_refused(name):
+    with pytest.raises(UserError, match=rf"trainer\.{name}\.anneal=500 is past the end"):
+        toy_run(f"{name}_basic")
+
+
+@BOTH
+def test_an_anneal_below_1_is_a_share_of_the_run(name):
+    run = toy_run(f"{name}_basic", {name: {"anneal": 0.25}})
+    assert run.trainer.jump == 3
