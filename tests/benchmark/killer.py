@@ -2,7 +2,7 @@
 
 `python killer.py` reads a JSON list of [folder, arguments, moment] from standard input and prints
 the list of how each ended: its exit status, or minus the signal that killed it. A fork spares each
-run the seconds that Python takes to import torch and Hydra to compose. A moment is null or one of
+run the seconds that Python takes to import torch. A moment is null or one of
 
 - `["step", t]`: step t has changed the weights, and nothing has noticed yet;
 - `["evaluation", n]`: one batch of the n-th evaluation has been scored;
@@ -19,16 +19,13 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import traceback
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
-from dgavg import run
+import torch
+
+from dgavg import cli, run
 from dgavg.benchmark import files
-from dgavg.benchmark.experiment import Experiment, build
-from dgavg.benchmark.leave_one_out import run_experiment
+from dgavg.benchmark.experiment import build
 from dgavg.config import compose, plain
 from dgavg.evaluation import scoring
 
@@ -83,8 +80,9 @@ def kill_in_write(kind: str, name: str, n: int) -> None:
     files.write_atomically = patched
 
 
-def child(folder: str, experiment: Experiment, moment: list | None) -> None:
+def child(folder: str, arguments: list[str], moment: list | None) -> int:
     os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the table
     if moment is not None:
         kind, *rest = moment
         if kind == "step":
@@ -93,21 +91,18 @@ def child(folder: str, experiment: Experiment, moment: list | None) -> None:
             kill_in_evaluation(*rest)
         else:
             kill_in_write(kind, *rest)
-    run_experiment(experiment, quiet=True)
+    return cli.main(arguments)
 
 
 def main() -> None:
     jobs, ends = json.load(sys.stdin), []
-    built = cache(lambda *words: build(plain(compose(words))))
-    with tempfile.TemporaryDirectory() as scratch:  # so that no fork has to import all it needs
-        run_experiment(replace(built(*jobs[0][1]), folder=Path(scratch)), quiet=True)
+    build(plain(compose(jobs[0][1])))  # so that no fork has to import all it needs;
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one imports torch's compiler
     for folder, arguments, moment in jobs:
-        experiment = built(*arguments)
         pid = os.fork()
         if pid == 0:
             try:
-                child(folder, experiment, moment)
-                os._exit(0)
+                os._exit(child(folder, arguments, moment))
             except BaseException:
                 traceback.print_exc()
             finally:
