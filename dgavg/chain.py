@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -77,13 +77,16 @@ def spec_of(head: Trainer) -> str:
     return "_".join(link.name for link in head)
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """A function as records name it; one without a name of its own has a "<" in it."""
+    name = getattr(function, "__qualname__", f"<{type(function).__qualname__}>")
+    return f"{function.__module__}.{name}"
+
+
 def settings_of(head: Trainer) -> dict[str, dict[str, Any]]:
     """The settings of every link by name, outermost first; functions by their qualified name."""
     return {
-        link.name: {
-            k: f"{v.__module__}.{v.__qualname__}" if callable(v) else v
-            for k, v in link.settings().items()
-        }
+        link.name: {k: function_name(v) if callable(v) else v for k, v in link.settings().items()}
         for link in head
     }
 

@@ -209,7 +209,9 @@ class Run:
 
         Raises `UserError` where that is no whole step or past the end of the run.
         """
-        require(start < 1 or start == int(start), f"{setting}={start:g}: a whole step, or below 1")
+        require(
+            start < 1 or float(start).is_integer(), f"{setting}={start:g}: a whole step, or below 1"
+        )
         step = round(start * self.steps) if start < 1 else int(start)
         require(
             step < self.steps,

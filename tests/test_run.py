@@ -82,6 +82,8 @@ def test_random_numbers_follow_from_seed_step_and_name():
 def test_a_start_between_two_steps_is_refused():
     with pytest.raises(UserError, match=r"x.start=2\.5: a whole step, or below 1"):
         toy_run("basic").step_of(2.5, "x.start")
+    with pytest.raises(UserError, match=r"x.start=inf: a whole step, or below 1"):
+        toy_run("basic").step_of(float("inf"), "x.start")
 
 
 @pytest.mark.parametrize(("start", "step"), [(0, 0), (0.25, 3), (0.999, 12), (1, 1), (7, 7)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dgavg.benchmark.tensorboard import summary_writer
-from dgavg.chain import chain, check, settings_of, spec_of
+from dgavg.chain import chain, check, function_name, settings_of, spec_of
 from dgavg.data import DomainDataset, load
 from dgavg.errors import require, unknown
 from dgavg.evaluation import RULES, Stopping
@@ -203,12 +203,13 @@ def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
 
 def _check_functions(trainer: Trainer) -> None:
     """Records name a setting that is a function by its name, so it needs one of its own."""
-    for link, settings in settings_of(trainer).items():
-        for key, value in settings.items():
+    for link in trainer:
+        for key, value in link.settings().items():
+            name = function_name(value) if callable(value) else ""
             require(
-                not isinstance(value, str) or "<" not in value,
-                f"trainer.{link}.{key} is {value}: records could not tell it from another; give "
-                "it a name, as a function of a module",
+                "<" not in name,
+                f"trainer.{link.name}.{key} is {name}: records could not tell it from another; "
+                "give it a name, as a function of a module",
             )
 
 

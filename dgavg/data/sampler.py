@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -105,12 +106,16 @@ class TrainingBatches:
         differ in length by more than one: a plain mean over batches is then right for batch norm.
         """
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        for rows in self._mixed.tensor_split(-(-len(self._mixed) // batch_size)):
+            yield _floats(self._images.index_select(0, rows))
+
+    @cached_property
+    def _mixed(self) -> Tensor:
+        """All rows (n,), domains evenly mixed, on the device."""
         rng = np.random.default_rng(0)
         # Image i of a shuffled domain of n stands at (i + 1/2) / n of the way through.
         place = np.concatenate([(rng.permutation(n) + 0.5) / n for n in self._sizes])
-        order = torch.from_numpy(np.argsort(place, kind="stable")).to(self._device)
-        for rows in order.tensor_split(-(-len(order) // batch_size)):
-            yield _floats(self._images.index_select(0, rows))
+        return torch.from_numpy(np.argsort(place, kind="stable")).to(self._device)
 
     def _draw(self, block: int) -> tuple[Tensor, ...]:
         """The rows of each step of a block: BLOCK tensors (domains · batch_size,) on the device."""

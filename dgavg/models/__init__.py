@@ -7,7 +7,7 @@ Linear(in_features=16, out_features=10, bias=True)
 from dgavg.models import cnn, mlp, resnet, timm_backbone  # noqa: F401  (each registers itself)
 from dgavg.models.model import Model, Normalize
 from dgavg.models.pretrained import load_weights
-from dgavg.models.registry import MODELS, build_model, model, model_settings
+from dgavg.models.registry import MODELS, build_model, model
 
 __all__ = [
     "MODELS",
@@ -16,5 +16,4 @@ __all__ = [
     "build_model",
     "load_weights",
     "model",
-    "model_settings",
 ]

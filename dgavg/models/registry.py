@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from dgavg.errors import UserError, require, unknown
 from dgavg.models.model import Model
-from dgavg.settings import check_settings, fits, keyword_settings
+from dgavg.settings import check_settings, fits
 
 Builder = TypeVar("Builder", bound=Callable[..., Model])
 
@@ -42,13 +42,15 @@ def build_model(
         name: a key of `MODELS`.
         input_shape: channels, height and width of an image.
         classes: the number of logits.
-        settings: the builder's keywords, as `model_settings(name)` lists them.
+        settings: the builder's keywords.
 
     Raises:
         UserError: an unknown model or setting, a setting left out or of the wrong type, sizes that
             are no positive integers, and what the builder itself refuses.
     """
-    builder = _builder(name)
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    builder = MODELS[name]
     sizes = (*input_shape, classes) if isinstance(input_shape, Sequence) else ()
     require(
         len(sizes) == 4 and all(fits(n, int) and n > 0 for n in sizes),
@@ -60,18 +62,3 @@ def build_model(
     except UserError as error:
         raise UserError(f"model {name}: {error}") from None
     return builder(tuple(input_shape), classes, **settings)
-
-
-def model_settings(name: str) -> dict[str, tuple[Any, Any]]:
-    """The settings of a model: name to (type, default or `inspect.Parameter.empty`).
-
-    Raises:
-        UserError: an unknown model.
-    """
-    return keyword_settings(_builder(name))
-
-
-def _builder(name: str) -> Callable[..., Model]:
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    return MODELS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from dgavg import UserError, leave_one_domain_out
+from dgavg import Trainer, UserError, leave_one_domain_out, trainer
 from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.data import make_splits
 from dgavg.evaluation import selected_step
@@ -205,7 +206,21 @@ def test_a_run_goes_on_with_the_threads_it_began_with(train, only_run, monkeypat
     assert seen == [2]
 
 
-def test_a_function_without_a_name_of_its_own_is_refused(train, tmp_path):
-    with pytest.raises(UserError, match=r"trainer\.irm\.weight is .*<lambda>: records could not"):
-        train(IRM(Basic(), weight=lambda t: 0.1 * t))
+@pytest.mark.parametrize(
+    ("weight", "name"), [(lambda t: 0.1 * t, "<lambda>"), (partial(pow, 2.0), "<partial>")]
+)
+def test_a_function_without_a_name_of_its_own_is_refused(weight, name, train, tmp_path):
+    with pytest.raises(UserError, match=rf"trainer\.irm\.weight is .*{name}: records could not"):
+        train(IRM(Basic(), weight=weight))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_text_with_an_angle_bracket_is_no_function(train):
+    @trainer("quotes")
+    class Quotes(Trainer):
+        """Has a text for a setting."""
+
+        text: str = ""
+
+    table, _ = train(Quotes(Basic(), text="a < b"))
+    assert len(table.to_frame()) == 1

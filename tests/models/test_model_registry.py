@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dgavg.errors import UserError
-from dgavg.models import MODELS, Model, build_model, model, model_settings
+from dgavg.models import MODELS, Model, build_model, model
+from dgavg.settings import keyword_settings
 
 
 def test_the_models_and_their_summaries() -> None:
@@ -19,21 +20,19 @@ def test_the_models_and_their_summaries() -> None:
 
 
 def test_settings_have_types_and_defaults() -> None:
-    assert model_settings("cnn") == {}
-    assert model_settings("mlp") == {
+    found = {name: keyword_settings(builder) for name, builder in MODELS.items()}
+    assert found["cnn"] == {}
+    assert found["mlp"] == {
         "width": (int, 256),
         "depth": (int, 2),
         "batchnorm": (bool, True),
         "dropout": (float, 0.0),
     }
     weights = (str | None, None)
-    assert model_settings("resnet18") == model_settings("resnet50") == {"weights": weights}
-    assert model_settings("timm") == {
-        "backbone": (str, inspect.Parameter.empty),
-        "weights": weights,
-    }
+    assert found["resnet18"] == found["resnet50"] == {"weights": weights}
+    assert found["timm"] == {"backbone": (str, inspect.Parameter.empty), "weights": weights}
     with pytest.raises(UserError, match="no model 'cn'"):
-        model_settings("cn")
+        build_model("cn", (1, 8, 8), 3)
 
 
 def test_an_added_model_gets_sizes_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:

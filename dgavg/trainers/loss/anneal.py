@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Schedule
-
-
-def check_weight(name: str, weight: Schedule) -> None:
-    """Raise `UserError` for a weight that is no finite number from 0 on."""
-    require(
-        callable(weight) or (math.isfinite(weight) and weight >= 0),
-        f"trainer.{name}.weight={weight}: a finite number from 0 on",
-    )
 
 
 def annealed(run: Run, weight: Schedule, jump: int) -> float:

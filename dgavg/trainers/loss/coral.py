@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from dgavg.batch import Batch, Loss
-from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Schedule, Trainer, trainer
-from dgavg.trainers.loss.anneal import check_weight
+from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
 @trainer("coral", min_domains=2)
@@ -38,8 +37,7 @@ class CORAL(Trainer):
 
     def setup(self, run: Run) -> None:
         """Refuse batches that have no covariance."""
-        rows = len(run.batches(0).y) // len(run.names)
-        require(rows > 1, "coral needs at least 2 images of each domain a batch")
+        check_rows("coral", run)
 
 
 def penalty(features: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Schedule, Trainer, state, trainer
-from dgavg.trainers.loss.anneal import annealed, check_weight, reset_at
+from dgavg.trainers.loss.anneal import annealed, reset_at
+from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
 @trainer("irm")
@@ -47,8 +48,7 @@ class IRM(Trainer):
     def setup(self, run: Run) -> None:
         """Find the step of the jump; refuse batches that have no two halves."""
         self.jump = run.step_of(self.anneal, "trainer.irm.anneal")
-        rows = len(run.batches(0).y) // len(run.names)
-        require(rows > 1, "irm needs at least 2 images of each domain a batch")
+        check_rows("irm", run)
 
     def after_step(self, run: Run) -> None:
         """Reset the optimizer where the weight jumps."""

@@ -6,7 +6,8 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Schedule, Trainer, state, trainer
-from dgavg.trainers.loss.anneal import annealed, check_weight, reset_at
+from dgavg.trainers.loss.anneal import annealed, reset_at
+from dgavg.trainers.loss.checks import check_weight
 
 
 @trainer("vrex", min_domains=2)

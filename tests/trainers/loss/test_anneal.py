@@ -1,4 +1,4 @@
-"""What IRM and VREx share: settings that are refused."""
+"""What IRM and VREx share: the jump of the weight, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from dgavg import UserError, chain
 from dgavg.testing import toy_run
 
 BOTH = pytest.mark.parametrize("name", ["irm", "vrex"])
+
+
+@BOTH
+def test_moments_are_reset_at_anneal_and_at_no_other_step(name):
+    run, counts = toy_run(f"{name}_basic", {name: {"anneal": 4}}), []
+    for t in range(8):
+        run.step(run.batches(t))
+        run.t += 1
+        run.tap("after_step")
+        counts.append(len(run.optimizer.state))
+    assert [count > 0 for count in counts] == [t + 1 != 4 for t in range(8)]
 
 
 @BOTH

@@ -75,16 +75,6 @@ def test_the_weight_may_follow_a_schedule():
     torch.testing.assert_close(loss.total, loss.risks.mean() + expected)
 
 
-def test_moments_are_reset_at_anneal_and_at_no_other_step():
-    run, counts = run_of("irm_basic", {"irm": {"anneal": 4}}), []
-    for t in range(8):
-        run.step(run.batches(t))
-        run.t += 1
-        run.tap("after_step")
-        counts.append(len(run.optimizer.state))
-    assert [count > 0 for count in counts] == [t + 1 != 4 for t in range(8)]
-
-
 def test_one_image_of_a_domain_is_refused():
     with pytest.raises(UserError, match="irm needs at least 2 images of each domain a batch"):
         run_of("irm_basic", {"irm": {"anneal": 0}}, rows=1)

@@ -25,16 +25,6 @@ def test_training_weighs_1_before_anneal_and_resets_the_optimizer_there_once(ann
     assert_weights(run.live, model.state_dict())
 
 
-def test_moments_are_reset_at_anneal_and_at_no_other_step():
-    run, counts = run_of("vrex_basic", {"vrex": {"anneal": 4}}), []
-    for t in range(8):
-        run.step(run.batches(t))
-        run.t += 1
-        run.tap("after_step")
-        counts.append(len(run.optimizer.state))
-    assert [count > 0 for count in counts] == [t + 1 != 4 for t in range(8)]
-
-
 def test_a_single_domain_is_refused():
     with pytest.raises(UserError, match="'vrex' needs at least 2 training domains, here is 1"):
         run_of("vrex_basic", domains=1)
