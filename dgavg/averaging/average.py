@@ -1,34 +1,36 @@
-"""WeightAverage: the storage and the update that every running average shares."""
+"""WeightAverage: what every average of a model's weights has in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from dgavg.averaging.parameters import (
-    Named,
-    accumulator,
-    check_same,
-    named_tensors,
-    plain_name,
-    real,
-    same_memory,
-)
-
-BUFFERS = ("average", "copy")
+from dgavg.averaging.parameters import Named, all_tensors, check_same
+from dgavg.averaging.tracked import Policy, Tracked
 
 
-class WeightAverage:
-    """A convex combination of the weights a model has had, updated in place.
+class WeightAverage(ABC):
+    """An average of the weights that a model has had; call `update` after each optimizer step.
 
-    A subclass says how much the newest weights count (`rate`). Floating tensors are averaged in at
-    least float32, complex ones too; integers, booleans and masks with infinities are copied; tied
-    parameters are averaged once. `buffers` says whether floating buffers are averaged or copied;
-    with a mapping as source, `buffer_names` tells which of its names are buffers. The first update
-    copies.
+    - `start` (0): updates before the first that counts; `interval` (1): updates between two that
+      count. The first that counts copies.
+    - `device` (none): where the average lives; by default with the model, also when that moves.
+    - `buffers` ("copy"): floating buffers, such as batch-norm statistics, follow the model or are
+      averaged ("average"); a function decides by name. With a mapping of tensors as source,
+      `buffer_names` tells which of its names are buffers; without it all are taken for weights.
+
+    Floating tensors are averaged in at least float32, complex ones too; integers, booleans and
+    masks with infinities are copied; tied parameters are averaged once; parametrized modules (as
+    weight norm) in the parameters that are trained. Names have no prefix of compiled or distributed
+    models. The model's tensors are looked up once, and again whenever it has others.
+
+    `calls` counts updates asked for, `count` those that counted.
 
     Raises `ValueError` for a model with other names or shapes.
     """
@@ -37,118 +39,163 @@ class WeightAverage:
         self,
         source: nn.Module | Named,
         *,
-        buffers: str = "average",
+        start: int = 0,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        buffers: Policy | None = None,
         buffer_names: frozenset[str] | None = None,
     ) -> None:
-        if buffers not in BUFFERS:
-            raise ValueError(f"buffers={buffers!r}: choose average or copy")
-        if buffers == "copy" and buffer_names is None and isinstance(source, Mapping):
-            raise ValueError("buffers='copy' of a mapping: name its buffers in buffer_names")
+        if start < 0 or start != int(start):
+            raise ValueError(f"start={start}: a number of updates from 0 on")
+        if interval < 1 or interval != int(interval):
+            raise ValueError(f"interval={interval}: a number of updates from 1 on")
+        self.start, self.interval = start, interval
+        self.device = None if device is None else torch.device(device)
+        self.calls = 0
         self.count = 0
-        tensors = named_tensors(source)
-        if buffer_names is None and isinstance(source, nn.Module):
-            weights = dict(source.named_parameters(remove_duplicate=False))
-            buffer_names = frozenset(tensors.keys() - named_tensors(weights).keys())
-        copied = {plain_name(k) for k in buffer_names or ()} if buffers == "copy" else set()
-        seen: dict[Any, str] = {}
-        self._owner = {  # name -> the name that stores its tensor
-            name: seen.setdefault(same_memory(tensor), name) for name, tensor in tensors.items()
-        }
-        self._averaged: dict[str, Tensor] = {}  # complex ones as pairs of real numbers
-        self._copied: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            if self._owner[name] != name:
-                continue
-            fits = (tensor.is_floating_point() or tensor.is_complex()) and name not in copied
-            if fits and bool(tensor.isfinite().all()):  # an attention mask's -inf has no mean
-                self._averaged[name] = accumulator(tensor)
-            else:
-                self._copied[name] = tensor.detach().clone()
-        self._dtypes = {k: tensors[k].dtype for k in self._averaged}
-        self._plan: tuple[list[int], list[Tensor], list[Tensor]] | None = None
-        self._narrow = False  # some live tensor is not in the dtype of its average
+        self.tracked = Tracked(source, buffers, buffer_names)
+        live, copied = self.tracked.live(source)
+        self._copied = [t.to(self.device or t.device, copy=True) for t in copied]
+        self._allocate(live)
 
-    def rate(self) -> float:
-        """The weight of the newest model in the next update, in [0, 1]."""
-        raise NotImplementedError
+    @abstractmethod
+    def _allocate(self, live: list[Tensor]) -> None:
+        """Make room for an average of tensors such as `live`."""
+
+    @abstractmethod
+    def _take(self, live: list[Tensor]) -> None:
+        """Take in the weights; `count` is the number of those before."""
+
+    @abstractmethod
+    def _means(self) -> list[Tensor]:
+        """The average of each tensor, in the order of `live`."""
+
+    @abstractmethod
+    def _stored(self) -> dict[str, Tensor]:
+        """All that `_take` writes to, by a name of its own: what a checkpoint holds."""
+
+    @abstractmethod
+    def _follow(self, live: list[Tensor]) -> None:
+        """Move to where the tensors of the model are now."""
 
     @torch.no_grad()
     def update(self, source: nn.Module | Named) -> None:
-        """Take in the weights that `source` has now."""
-        live, copied = self._live(source)
-        means = list(self._averaged.values())
-        if means and self.count == 0:
-            torch._foreach_copy_(means, live)
-        elif means:
-            if self._narrow:
-                live = [t.to(m.dtype) for t, m in zip(live, means, strict=True)]
-            torch._foreach_lerp_(means, live, self.rate())
-        if copied:
-            torch._foreach_copy_(list(self._copied.values()), copied)
-        self.count += 1
+        """Take in the weights that `source` has now, where this call is one that counts."""
+        since = self.calls - self.start
+        if since >= 0 and since % self.interval == 0:
+            live, copied = self._find(source)
+            self._take(live)
+            if copied:
+                torch._foreach_copy_(self._copied, copied)
+            self.count += 1
+        self.calls += 1
 
-    def _live(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors to average and those to copy, in the order of `_averaged` and `_copied`.
-
-        Cached for a mapping as long as it holds the same memory.
-        """
-        memory = [t.data_ptr() for t in source.values()] if isinstance(source, Mapping) else []
-        if memory and self._plan is not None and self._plan[0] == memory:
-            return self._plan[1:]
-        tensors = named_tensors(source)
-        stored = self._stored()
-        check_same({name: stored[k] for name, k in self._owner.items()}, tensors)
-        live = [real(tensors[k].detach()) for k in self._averaged]
-        copied = [tensors[k].detach() for k in self._copied]
-        self._plan = (memory, live, copied)
-        self._narrow = any(
-            t.dtype != m.dtype for t, m in zip(live, self._averaged.values(), strict=True)
-        )
+    def _find(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
+        """The live tensors; where they are others than before, the average follows them."""
+        before = self.tracked.found
+        live, copied = self.tracked.live(source)
+        if self.tracked.found != before:
+            if self.device is None:
+                self._copied = [m.to(t.device) for m, t in zip(self._copied, copied, strict=True)]
+            self._follow(live)
         return live, copied
 
-    def _stored(self) -> dict[str, Tensor]:
-        """What is stored, each tensor once, in the model's shapes but not always its dtypes."""
-        return {
-            k: torch.view_as_complex(v) if self._dtypes[k].is_complex else v
-            for k, v in self._averaged.items()
-        } | self._copied
-
     def weights(self) -> dict[str, Tensor]:
-        """The average by name, in the model's dtypes: borrowed memory where they allow it.
+        """The average by name, as `load_state_dict` takes it, in the model's dtypes.
 
-        Raises `ValueError` before the first update.
+        Borrowed memory where they allow it: clone what you keep.
+
+        Raises `ValueError` before the first update that counts.
         """
-        self._check_started()
-        stored = {k: v.to(self._dtypes.get(k, v.dtype)) for k, v in self._stored().items()}
-        return {name: stored[owner] for name, owner in self._owner.items()}
+        self.check_started()
+        return self._by_name(self._means())
+
+    def _by_name(self, averaged: list[Tensor]) -> dict[str, Tensor]:
+        """Tensors such as `_means()`, and those copied, under the names of a state dict."""
+        found = self.tracked.named(averaged, self._copied)
+        return {k: v for k, v in found.items() if k not in self.tracked.unsaved}
 
     @torch.no_grad()
     def copy_to(self, target: nn.Module | Named) -> None:
-        """Write the average into the model, in place; copied tensors stay as the model has them.
+        """Write the average into the model, in place.
 
-        Raises `ValueError` before the first update.
+        Raises `ValueError` before the first update that counts.
         """
-        self._check_started()
-        live, _ = self._live(target)
+        self.check_started()
+        live, copied = self._find(target)
         if live:
-            torch._foreach_copy_(live, list(self._averaged.values()))
+            torch._foreach_copy_(live, self._means())
+        if copied:
+            torch._foreach_copy_(copied, self._copied)
 
-    def _check_started(self) -> None:
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """In this block `model` has the averaged weights; afterwards its own again, come what may.
+
+        Before the first update that counts the model stays as it is. One copy of the average on the
+        way in, none on the way out: for the block, the model's tensors stand in memory of their
+        own, so nothing that happens there (recalibrating batch norm, training) reaches the average
+        or lasts. Memory: one more copy of the model in the block.
+        """
+        if self.count == 0:
+            yield
+            return
+        self._find(model)  # is it this model?
+        live = all_tensors(model)
+        before = {name: tensor.data for name, tensor in live.items()}
+        try:
+            for name, tensor in self.tracked.named(self._means(), self._copied).items():
+                owner = self.tracked.owner[name]
+                if name == owner:
+                    fresh = torch.empty_like(before[name], requires_grad=False)
+                    live[name].data = fresh.copy_(tensor)
+                else:
+                    live[name].data = live[owner].data
+            yield
+        finally:
+            for name, tensor in live.items():
+                tensor.data = before[name]
+
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+        """From now on `update(model)` after every step that `optimizer` really takes.
+
+        Steps that a `GradScaler` skips don't count, those of fused optimizers neither (there the
+        skip is known on the device alone, so each step waits for it). `handle.remove()` ends it.
+        """
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            skipped = getattr(optimizer, "found_inf", None)  # there while a scaler steps it
+            if skipped is None or not skipped.item():
+                self.update(model)
+
+        return optimizer.register_step_post_hook(after)
+
+    def check_started(self) -> None:
+        """Raise `ValueError` where nothing has been averaged yet."""
         if self.count == 0:
             raise ValueError("no weights have been averaged yet")
 
+    def restart(self) -> None:
+        """Forget everything averaged so far: the next update that counts copies."""
+        self.calls = self.count = 0
+
     def state_dict(self) -> dict[str, Any]:
-        """Count and tensors, as aliases."""
-        return {"count": self.count, "tensors": self._averaged | self._copied}
+        """Counters and tensors, as aliases."""
+        return {"calls": self.calls, "count": self.count, "tensors": self._all_stored()}
+
+    def _all_stored(self) -> dict[str, Tensor]:
+        return self._stored() | dict(zip(self.tracked.copied, self._copied, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, in place.
 
-        Raises `ValueError` for the state of another model.
+        Raises `ValueError` for the state of another model or another kind of average.
         """
-        mine = self._averaged | self._copied
+        if not saved.keys() >= {"calls", "count", "tensors"}:
+            raise ValueError(f"not the state of an average: it has {', '.join(map(str, saved))}")
+        mine = self._all_stored()
         check_same(mine, saved["tensors"])
         for name, tensor in mine.items():
             tensor.copy_(saved["tensors"][name])
-        self.count = saved["count"]
+        self.calls, self.count = saved["calls"], saved["count"]

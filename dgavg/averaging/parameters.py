@@ -1,11 +1,12 @@
-"""Which tensors an average is made of."""
+"""Which tensors a model has, under which names, and whether two models have the same."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Named = Mapping[str, Tensor]
 
@@ -28,6 +29,42 @@ def named_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
     Raises `ValueError` where two names differ in such prefixes alone.
     """
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
+    return _plain(tensors)
+
+
+def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
+    """As `named_tensors`, and the buffers that a model does not save; those of a mapping as given.
+
+    Raises `ValueError` for tensors that can't be averaged: lazy ones without a shape, sparse ones.
+    """
+    found = dict(_walk(source)) if isinstance(source, nn.Module) else source
+    for name, tensor in found.items():
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: run one batch before you make an average")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is sparse: averages are of dense tensors")
+    return _plain(found)
+
+
+def unsaved_names(model: nn.Module) -> set[str]:
+    """The plain names of the buffers that `model.state_dict()` leaves out."""
+    return {
+        plain_name(f"{prefix}.{key}" if prefix else key)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for key in module._non_persistent_buffers_set
+    }
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers in the order of `state_dict`, tied ones under each of their names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for part in (module._parameters, module._buffers):
+            for key, tensor in part.items():
+                if tensor is not None:
+                    yield (f"{prefix}.{key}" if prefix else key), tensor
+
+
+def _plain(tensors: Named) -> dict[str, Tensor]:
     plain = {plain_name(k): v for k, v in tensors.items()}
     if len(plain) != len(tensors):
         raise ValueError("two tensors have the same name but for 'module.' or '_orig_mod.'")
@@ -44,10 +81,9 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def accumulator(tensor: Tensor) -> Tensor:
-    """A copy to sum into: at least float32, since bfloat16 and float16 averages stand still."""
-    numbers = real(tensor.detach())
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32), copy=True)
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What to sum numbers of `dtype` in: bfloat16 and float16 averages stand still."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_same(mine: Named, theirs: Named) -> None:

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from dgavg.averaging.average import WeightAverage
+from dgavg.averaging.convex import ConvexMean
 from dgavg.averaging.parameters import Named
 
 
-class RunningMean(WeightAverage):
+class RunningMean(ConvexMean):
     """The mean of all weights taken in: a ← a + (w − a)/(n + 1).
 
     The average of SWA (Izmailov et al. 2018, arXiv 1803.05407) and, taken every step, of SMA (Arpit
     et al. 2022, arXiv 2110.10832). `first_count` is how many models the first one counts for.
+    Other options and memory: see `WeightAverage`.
     """
 
     def __init__(self, source: nn.Module | Named, *, first_count: int = 1, **options: Any) -> None:

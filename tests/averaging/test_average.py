@@ -47,7 +47,7 @@ def averaged_over(model, average, updates=5):
 
 def test_every_kind_of_float_is_averaged_and_the_rest_is_copied():
     model = Zoo()
-    average = RunningMean(model)
+    average = RunningMean(model, buffers="average")
     snapshots = averaged_over(model, average)
     for name, found in average.weights().items():
         stack = torch.stack([s[name] for s in snapshots])
@@ -129,7 +129,10 @@ def test_a_source_in_another_precision_is_taken_in():
     narrow = copy.deepcopy(wide).bfloat16()
     average.update(narrow)
     expected = (wide.weight.detach() + narrow.weight.detach().float()) / 2
-    torch.testing.assert_close(average.weights()["weight"], expected)
+    torch.testing.assert_close(average.state_dict()["tensors"]["weight"], expected)
+    assert average.weights()["weight"].dtype == torch.bfloat16  # that of the newest
+    average.update(wide.double())
+    assert average.weights()["weight"].dtype == torch.float64
 
 
 def test_the_average_shares_no_memory_with_the_model():
@@ -236,18 +239,16 @@ def test_an_unknown_way_with_buffers_is_refused():
         RunningMean(nn.Linear(1, 1), buffers="drop")
 
 
-def test_writing_back_is_in_place_and_leaves_copied_tensors():
+def test_writing_back_is_in_place_and_whole():
     model = Zoo()
-    average = RunningMean(model)
+    average = RunningMean(model, buffers="average")
     averaged_over(model, average)
-    with torch.no_grad():
-        model.seen.fill_(123)
+    shake(model, 99)
     places = {k: v.data_ptr() for k, v in model.state_dict().items()}
     average.copy_to(model)
     assert {k: v.data_ptr() for k, v in model.state_dict().items()} == places
-    assert model.seen.item() == 123
-    for name in ("first.weight", "phase", "norm.running_var"):
-        assert model.state_dict()[name].equal(average.weights()[name]), name
+    for name, tensor in average.weights().items():
+        assert model.state_dict()[name].equal(tensor), name
 
 
 def test_a_model_of_integers_alone_is_copied():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
-from dgavg.averaging.parameters import accumulator, named_tensors, plain_name
+from dgavg.averaging.parameters import named_tensors, plain_name
 
 
 @pytest.mark.parametrize(
@@ -29,21 +28,3 @@ def test_tensors_by_name_alias_the_model():
     tensors["running_mean"].fill_(5.0)
     assert model.running_mean.tolist() == [5.0, 5.0]
     assert list(tensors) == list(model.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wide"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.complex64, torch.float32),
-        (torch.complex128, torch.float64),
-    ],
-)
-def test_an_accumulator_has_at_least_float32_and_memory_of_its_own(dtype, wide):
-    tensor = torch.ones(3, dtype=dtype)
-    found = accumulator(tensor)
-    assert found.dtype == wide
-    assert found.data_ptr() != tensor.data_ptr()

@@ -1,0 +1,60 @@
+"""LatestMean: the mean of the last k weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgavg.averaging.average import WeightAverage
+from dgavg.averaging.parameters import Named, wide
+
+
+class LatestMean(WeightAverage):
+    """The mean of the `k` latest weights taken in: LAWA (Kaddour 2022, arXiv 2209.14981).
+
+    While there are fewer, the mean of those. Nothing is added up as it goes, so nothing drifts.
+    Other options: see `WeightAverage`. Memory: k models in the model's dtype; 1 more in float32 for
+    `weights()`.
+
+    Raises `ValueError` for a `k` below 1.
+    """
+
+    def __init__(self, source: nn.Module | Named, *, k: int = 6, **options: Any) -> None:
+        if k < 1:
+            raise ValueError(f"k={k}: a number of models from 1 on")
+        self.k = k
+        super().__init__(source, **options)
+
+    def _allocate(self, live: list[Tensor]) -> None:
+        self._latest = [
+            [torch.zeros_like(t, device=self.device or t.device) for t in live]
+            for _ in range(self.k)
+        ]
+
+    def _follow(self, live: list[Tensor]) -> None:
+        self._latest = [
+            [m.to(self.device or t.device, t.dtype) for m, t in zip(kept, live, strict=True)]
+            for kept in self._latest
+        ]
+
+    def _take(self, live: list[Tensor]) -> None:
+        if live:
+            torch._foreach_copy_(self._latest[self.count % self.k], live)
+
+    @torch.no_grad()
+    def _means(self) -> list[Tensor]:
+        n = min(self.count, self.k)
+        means = [t.to(wide(t.dtype), copy=True) for t in self._latest[0]]
+        for i, kept in enumerate(self._latest[1:n], start=1):
+            for mean, t in zip(means, kept, strict=True):
+                mean.lerp_(t.to(mean.dtype), 1 / (i + 1))
+        return means
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {
+            f"{i}/{name}": tensor
+            for i, kept in enumerate(self._latest)
+            for name, tensor in zip(self.tracked.averaged, kept, strict=True)
+        }

@@ -1,0 +1,182 @@
+"""Post-hoc EMA: store a few averages while training, choose how long they remember afterwards.
+
+Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", arXiv
+2312.02696, section 3.1 and appendix C. A power-function average weighs the n-th of N updates by
+about n^γ, so it remembers a constant share of training: its `length`, the standard deviation of
+those weights as a share of N. Snapshots of averages of a few lengths span, nearly, those of others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgavg.averaging.convex import ConvexMean
+from dgavg.averaging.parameters import Named, check_same
+
+LONGEST = 1 / math.sqrt(12)  # of the uniform mean, γ = 0
+
+
+def power_of(length: float) -> float:
+    """The exponent γ ≥ 0 whose average has `length` in (0, 0.2887]; 0.2887 is the uniform mean.
+
+    The root of length² = (γ + 1)/((γ + 2)²(γ + 3)).
+
+    >>> [round(power_of(x), 2) for x in (0.05, 0.10, 0.25)]
+    [16.97, 6.94, 0.72]
+    """
+    if not 0 < length <= LONGEST + 1e-9:
+        raise ValueError(f"length={length}: a share of training in (0, {LONGEST:.4f}]")
+    low, high = 0.0, 1.0 / length  # since length < 1/γ
+    for _ in range(100):
+        middle = (low + high) / 2
+        longer: bool = (middle + 1) / ((middle + 2) ** 2 * (middle + 3)) > length**2
+        low, high = (middle, high) if longer else (low, middle)
+    return low
+
+
+class PowerMean(ConvexMean):
+    """A power-function average of relative `length`: a ← β·a + (1 − β)·w, β = (1 − 1/n)^(γ+1).
+
+    n counts the updates that count, so an `interval` leaves the length as it is. Other options and
+    memory: see `WeightAverage`.
+    """
+
+    def __init__(self, source: nn.Module | Named, *, length: float = 0.1, **options: Any) -> None:
+        self.length, self.power = length, power_of(length)
+        super().__init__(source, **options)
+
+    def rate(self) -> float:
+        """1 − β."""
+        return 1.0 - math.pow(1.0 - 1.0 / (self.count + 1), self.power + 1.0)
+
+
+class PostHocMean:
+    """Power-function averages of a few `lengths`, and snapshots of them to make others from.
+
+    `update(model)` takes in weights and, every `snapshot_every` updates that count, stores a
+    snapshot of each average; `weights(length, at)` gives the average of any length at any update.
+    `dtype` stores snapshots in fewer bits (bfloat16 keeps every magnitude, float16 does not).
+    `options` are those of `WeightAverage`.
+
+    Memory: 1 model in float32 for each of `lengths`, and 1 in `dtype` for each snapshot of each.
+
+    Raises `ValueError` for lengths out of range.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | Named,
+        *,
+        lengths: Sequence[float] = (0.05, 0.10),
+        snapshot_every: int = 1000,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        if not lengths or len(set(lengths)) < len(lengths):
+            raise ValueError(f"lengths={list(lengths)}: at least one, all different")
+        if snapshot_every < 1:
+            raise ValueError(f"snapshot_every={snapshot_every}: updates from 1 on")
+        self.averages = [PowerMean(source, length=length, **options) for length in lengths]
+        self.snapshot_every, self.dtype = snapshot_every, dtype
+        self.snapshots: list[dict[str, Any]] = []
+
+    @property
+    def count(self) -> int:
+        """Updates that counted."""
+        return self.averages[0].count
+
+    @torch.no_grad()
+    def update(self, source: nn.Module | Named) -> None:
+        """Take in the weights that `source` has now."""
+        before = self.count
+        for average in self.averages:
+            average.update(source)
+        if self.count > before and self.count % self.snapshot_every == 0:
+            self.snapshots += [self._snapshot(average) for average in self.averages]
+
+    def _snapshot(self, average: PowerMean) -> dict[str, Any]:
+        tensors = {
+            name: tensor.to(self.dtype or tensor.dtype, copy=True)
+            for name, tensor in average._stored().items()
+        }
+        return {"count": average.count, "power": average.power, "tensors": tensors}
+
+    def coefficients(self, length: float, at: int | None = None) -> list[float]:
+        """What each snapshot, then each average as it stands, contributes; they sum to 1.
+
+        The least-squares fit of their weight profiles to that of `length` after `at` updates.
+
+        Raises `ValueError` before the first update, and for an `at` that is past it.
+        """
+        self.averages[0].check_started()
+        at = self.count if at is None else at
+        if not 1 <= at <= self.count:
+            raise ValueError(f"at={at}: an update from 1 to {self.count}")
+        profiles = [(s["count"], s["power"]) for s in self._sources()]
+        target = (at, power_of(length))
+        a = torch.tensor([[_product(p, q) for q in profiles] for p in profiles]).double()
+        b = torch.tensor([_product(p, target) for p in profiles]).double()
+        found = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
+        return list((found / found.sum()).tolist())
+
+    @torch.no_grad()
+    def weights(self, length: float, at: int | None = None) -> dict[str, Tensor]:
+        """The average of relative `length` after `at` updates (by default all) by name.
+
+        What is copied, such as integers, is that of the newest update. Raises `ValueError` as
+        `coefficients` does.
+        """
+        shares = self.coefficients(length, at)
+        newest = self.averages[0]
+        sums = [torch.zeros_like(t) for t in newest._means()]
+        for share, source in zip(shares, self._sources(), strict=True):
+            for total, tensor in zip(sums, source["tensors"].values(), strict=True):
+                total.add_(tensor.to(total.device, total.dtype), alpha=share)
+        return newest._by_name(sums)
+
+    def _sources(self) -> list[dict[str, Any]]:
+        """The snapshots, and the averages as they stand unless that is a snapshot already."""
+        newest = [
+            {"count": a.count, "power": a.power, "tensors": a._stored()} for a in self.averages
+        ]
+        stored = bool(self.snapshots) and self.snapshots[-1]["count"] == self.count
+        return self.snapshots if stored else [*self.snapshots, *newest]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages and snapshots, as aliases."""
+        return {
+            "averages": [average.state_dict() for average in self.averages],
+            "snapshots": list(self.snapshots),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises `ValueError` for the state of another model or other lengths.
+        """
+        if len(saved["averages"]) != len(self.averages):
+            raise ValueError(
+                f"the state has {len(saved['averages'])} averages, not {len(self.averages)}: "
+                "give the lengths it was made with"
+            )
+        for snapshot in saved["snapshots"]:
+            check_same(self.averages[0]._stored(), snapshot["tensors"])
+        for average, state in zip(self.averages, saved["averages"], strict=True):
+            average.load_state_dict(state)
+        self.snapshots = [
+            {**s, "tensors": {k: t.clone() for k, t in s["tensors"].items()}}
+            for s in saved["snapshots"]
+        ]
+
+
+def _product(p: tuple[int, float], q: tuple[int, float]) -> float:
+    """The inner product of two weight profiles (updates, γ) as functions of time."""
+    (tp, gp), (tq, gq) = p, q
+    early, exponent = min(tp, tq) / max(tp, tq), (gq if tp < tq else gp)
+    return (gp + 1) * (gq + 1) * math.pow(early, exponent) / ((gp + gq + 1) * max(tp, tq))
