@@ -45,10 +45,15 @@ class Candidate:
 
     `batchnorm`: `keep` uses the live model's running statistics, `average` those in `weights`,
     `recalibrate` exact moments over the un-augmented images of the training domains.
+    `members` are weights whose predictions are averaged (the mean of their softmaxes) in place of
+    one prediction by `weights`. A `probe` is scored on validation data for a link's own decision
+    in `after_eval`: it is in no record, and nothing selects it.
     """
 
     weights: Weights
     batchnorm: str = "keep"
+    members: tuple[Weights, ...] = ()
+    probe: bool = False
 
 
 def state(factory: Callable[[], Any] = lambda: None) -> Any:
@@ -146,6 +151,10 @@ class Trainer:
     def candidates(self) -> dict[str, Candidate]:
         """Weights worth evaluating, by name; none before there are any."""
         return {}
+
+    def candidate_names(self) -> list[str]:
+        """The names that `candidates` gives while training, known before it begins."""
+        return [self.name] if type(self).candidates is not Trainer.candidates else []
 
     def __iter__(self) -> Iterator[Trainer]:
         """The links, outermost first."""

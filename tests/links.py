@@ -6,13 +6,14 @@ ACTING = {
     "sma": {"start": 2},
     "ema": {"decay": 0.9},
     "swa": {"start": 0.3},
+    "posthocema": {"snapshots": 4},
     "irm": {"weight": 1000.0, "anneal": 0},
     "vrex": {"weight": 1000.0, "anneal": 0},
     "coral": {"weight": 1000.0},
     "mixup": {"alpha": 1.0},
     "sam": {"rho": 0.5},
 }
-SHADOWS = ("sma", "ema", "swa")
+SHADOWS = ("sma", "ema", "swa", "posthocema")
 # The setting that switches a link off: training is then what it is without the link.
 NEUTRAL = {
     "ma": {"feedback": False},

@@ -6,7 +6,6 @@ from dgavg.averaging import RunningMean
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, state, trainer
-from dgavg.trainers.weights.shadow import offer
 
 
 @trainer("ma", outermost=True)
@@ -35,7 +34,7 @@ class MA(Trainer):
     start: int = 0
     every: int = 1
     feedback: bool = True
-    average: RunningMean | None = state()
+    average: RunningMean = state()
     epochs: int = state(int)
 
     def validate(self) -> None:
@@ -51,12 +50,11 @@ class MA(Trainer):
             f"ma averages at the ends of epochs of {run.epoch_length} steps from epoch {self.start}"
             f" on, but the run has only {run.steps} steps: train longer or lower trainer.ma.start",
         )
-        self.average = RunningMean(run.live, first_count=self.first_epoch + 1)
+        self.average = RunningMean(run.live, first_count=self.first_epoch + 1, buffers="average")
 
     def after_epoch(self, run: Run) -> None:
         """Take in the weights; write the average back."""
         if self.epochs >= self.start and (self.epochs - self.start) % self.every == 0:
-            assert self.average is not None
             self.average.update(run.live)
             if self.feedback:
                 self.average.copy_to(run.live)
@@ -64,4 +62,6 @@ class MA(Trainer):
 
     def candidates(self) -> dict[str, Candidate]:
         """The average at the end of the last epoch."""
-        return offer("ma", self.average, "average")
+        if self.average.count == 0:
+            return {}
+        return {"ma": Candidate(self.average.weights(), "average")}

@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar, Protocol
 
 from dgavg.averaging import WeightAverage
 from dgavg.errors import require
+from dgavg.run import Run
 from dgavg.trainer import POLICIES, Candidate
 
 
-def buffers_for(policy: str) -> str:
-    """What an average does with buffers under a batch-norm policy."""
-    return "average" if policy == "average" else "copy"
+class Shadow(Protocol):
+    """A link that averages from `start` on, `every` so often."""
+
+    name: ClassVar[str]
+    start: float
+    every: int
+    batchnorm: str
 
 
-def check_shadow(name: str, start: float, every: int, policy: str) -> None:
+def check_shadow(link: Shadow) -> None:
     """Raise `UserError` for settings that no average can have."""
     require(
-        start >= 0 and math.isfinite(start),
-        f"trainer.{name}.start={start}: a share of the run below 1, or a step from 1 on",
+        link.start >= 0 and math.isfinite(link.start),
+        f"trainer.{link.name}.start={link.start}: a share of the run below 1, or a step from 1 on",
     )
-    require(every >= 1, f"trainer.{name}.every={every}: at least 1")
+    require(link.every >= 1, f"trainer.{link.name}.every={link.every}: at least 1")
     require(
-        policy in POLICIES,
-        f"trainer.{name}.batchnorm={policy!r}: choose one of {', '.join(POLICIES)}",
+        link.batchnorm in POLICIES,
+        f"trainer.{link.name}.batchnorm={link.batchnorm!r}: choose one of {', '.join(POLICIES)}",
     )
 
 
-def offer(name: str, average: WeightAverage | None, policy: str) -> dict[str, Candidate]:
+def by_step(link: Shadow, run: Run) -> dict[str, Any]:
+    """The options of an average that is updated after every step."""
+    first = max(run.step_of(link.start, f"trainer.{link.name}.start"), 1)
+    return {"start": first - 1, "interval": link.every, **buffers_of(link, run)}
+
+
+def by_epoch(link: Shadow, run: Run, fewest: int = 1) -> dict[str, Any]:
+    """The options of an average that is updated after every epoch.
+
+    Raises `UserError` where fewer than `fewest` updates would count.
+    """
+    first, length = run.step_of(link.start, f"trainer.{link.name}.start"), run.epoch_length
+    before = max(-(-first // length) - 1, 0)
+    count = -(-(run.steps // length - before) // link.every)
+    require(
+        count >= fewest,
+        f"{link.name} averages at the ends of epochs, but {'none' if count < 1 else count} of "
+        f"{length} steps ends from step {first} to {run.steps}: train longer, lower "
+        f"trainer.{link.name}.start, or use sma",
+    )
+    return {"start": before, "interval": link.every, **buffers_of(link, run)}
+
+
+def buffers_of(link: Shadow, run: Run) -> dict[str, Any]:
+    """What the link's average does with the model's buffers under its batch-norm policy."""
+    buffers = "average" if link.batchnorm == "average" else "copy"
+    return {"buffers": buffers, "buffer_names": run.buffer_names}
+
+
+def offer(link: Shadow, average: WeightAverage | None) -> dict[str, Candidate]:
     """The average as a candidate, once there is one."""
     if average is None or average.count == 0:
         return {}
-    return {name: Candidate(average.weights(), policy)}
+    return {link.name: Candidate(average.weights(), link.batchnorm)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dgavg.averaging import RunningMean
 from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, state, trainer
-from dgavg.trainers.weights.shadow import buffers_for, check_shadow, offer
+from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
 @trainer("sma")
@@ -26,26 +26,20 @@ class SMA(Trainer):
     start: float = 100
     every: int = 1
     batchnorm: str = "average"
-    average: RunningMean | None = state()
-    first: int = state(int)
+    average: RunningMean = state()
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        check_shadow("sma", self.start, self.every, self.batchnorm)
+        check_shadow(self)
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
-        self.first = max(run.step_of(self.start, "trainer.sma.start"), 1)
-        self.average = RunningMean(
-            run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
-        )
+        self.average = RunningMean(run.live, **by_step(self, run))
 
     def after_step(self, run: Run) -> None:
         """Take in the iterate."""
-        if run.t >= self.first and (run.t - self.first) % self.every == 0:
-            assert self.average is not None
-            self.average.update(run.live)
+        self.average.update(run.live)
 
     def candidates(self) -> dict[str, Candidate]:
         """The average."""
-        return offer("sma", self.average, self.batchnorm)
+        return offer(self, self.average)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dgavg.averaging import RunningMean, swa_lr
+import math
+
+from dgavg.averaging import RunningMean
+from dgavg.averaging.schedules import annealed_lr, cyclic_lr, fge_lr, swa_lr
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, state, trainer
-from dgavg.trainers.weights.shadow import buffers_for, check_shadow, offer
+from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
+
+SCHEDULES = ("constant", "late", "linear", "cosine", "cyclic", "triangle")
 
 
 @trainer("swa")
@@ -18,8 +23,17 @@ class SWA(Trainer):
     - `start` (0.5; the paper 0.75): a share of the run, or from 1 on a step; epochs that end from
       there on count.
     - `every` (1): epochs between two that count.
-    - `lr_final` (none): ease the learning rate to this constant on the way to `start`, from half of
-      it on, and keep it; the paper uses 1/2 to 1/10 of the initial one.
+    - `lr_final` (none): the learning rate to average at; the paper uses 1/2 to 1/10 of the initial
+      one. How it is reached says `schedule`:
+      `constant` eases linearly on the way to `start`, from half of it on, then stays (the paper);
+      `late` does so on the way to the end of the run, from `start` on (dicee);
+      `linear` and `cosine` ease within `anneal` epochs after `start` (torch's `SWALR`);
+      `cyclic` falls from `lr_high` to `lr_final` over every `every` epochs (keras-swa; weights
+      count at the low end); `triangle` falls and rises again (FGE, Garipov et al. 2018, 1802.10026;
+      weights count half way, at the low end).
+    - `lr_high`: where a cycle begins; by default a quarter of the way from `lr_final` to the
+      initial rate (cyclic), or the initial rate (triangle).
+    - `anneal` (10): epochs.
     - `batchnorm` (`recalibrate`, as the paper): `keep`, `average` or `recalibrate`.
 
     Cost: one copy of the weights in float32; a pass over the training images an evaluation.
@@ -28,47 +42,73 @@ class SWA(Trainer):
     start: float = 0.5
     every: int = 1
     lr_final: float | None = None
+    schedule: str = "constant"
+    lr_high: float | None = None
+    anneal: int = 10
     batchnorm: str = "recalibrate"
-    average: RunningMean | None = state()
+    average: RunningMean = state()
     first: int = state(int)
-    epochs: int = state(int)
+    period: int = state(int)
+    cycles_from: int = state(int)
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        check_shadow("swa", self.start, self.every, self.batchnorm)
+        check_shadow(self)
+        where = "trainer.swa"
         require(
-            self.lr_final is None or self.lr_final > 0,
-            f"trainer.swa.lr_final={self.lr_final}: a learning rate above 0",
+            self.schedule in SCHEDULES,
+            f"{where}.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}",
+        )
+        for name, rate in (("lr_final", self.lr_final), ("lr_high", self.lr_high)):
+            require(
+                rate is None or 0 < rate < math.inf,
+                f"{where}.{name}={rate}: a learning rate above 0",
+            )
+        require(self.anneal >= 1, f"{where}.anneal={self.anneal}: epochs, at least 1")
+        cycles = self.schedule in ("cyclic", "triangle")
+        require(
+            self.lr_final is not None or self.schedule == "constant",
+            f"{where}.schedule={self.schedule} leads to a learning rate: set {where}.lr_final",
+        )
+        require(
+            self.lr_high is None or cycles,
+            f"{where}.lr_high={self.lr_high}: only schedule=cyclic and triangle have one",
+        )
+        require(
+            self.lr_high is None or self.lr_final is None or self.lr_high >= self.lr_final,
+            f"{where}.lr_high={self.lr_high}: at least lr_final, {self.lr_final}",
         )
 
     def setup(self, run: Run) -> None:
         """Make room for the average."""
+        options = by_epoch(self, run)
         self.first = run.step_of(self.start, "trainer.swa.start")
-        last = run.steps - run.steps % run.epoch_length
-        require(
-            last > 0 and last >= self.first,
-            f"swa averages at the ends of epochs, but none of {run.epoch_length} steps ends from "
-            f"step {self.first} to {run.steps}: train longer, lower trainer.swa.start, or use sma",
-        )
-        self.average = RunningMean(
-            run.live, buffers=buffers_for(self.batchnorm), buffer_names=run.buffer_names
-        )
+        self.period = self.every * run.epoch_length
+        self.average = RunningMean(run.live, **options)
+        end = (options["start"] + 1) * run.epoch_length  # the first epoch end that counts
+        self.cycles_from = end - (self.period // 2 if self.schedule == "triangle" else 0)
 
     def lr(self, run: Run) -> float:
-        """The inner learning rate, eased to `lr_final` where that is set."""
-        initial = self.inner.lr(run)
-        if self.lr_final is None:
+        """The inner learning rate, on its way to `lr_final` where that is set."""
+        t, initial, final = run.t, self.inner.lr(run), self.lr_final
+        if final is None:
             return initial
-        return swa_lr(run.t, self.first, initial, self.lr_final)
+        if self.schedule == "cyclic":
+            return cyclic_lr(t, self.cycles_from, self.period, initial, final, self.lr_high)
+        if self.schedule == "triangle":
+            high = initial if self.lr_high is None else self.lr_high
+            before = t < self.cycles_from
+            return initial if before else fge_lr(t, self.cycles_from, self.period, high, final)
+        if self.schedule in ("linear", "cosine"):
+            length = self.anneal * run.epoch_length
+            return annealed_lr(t, self.first, length, initial, final, self.schedule)
+        total = run.steps if self.schedule == "late" else None
+        return swa_lr(t, self.first, initial, final, total=total)
 
     def after_epoch(self, run: Run) -> None:
         """Take in the weights."""
-        if run.t >= self.first:
-            if self.epochs % self.every == 0:
-                assert self.average is not None
-                self.average.update(run.live)
-            self.epochs += 1
+        self.average.update(run.live)
 
     def candidates(self) -> dict[str, Candidate]:
         """The average."""
-        return offer("swa", self.average, self.batchnorm)
+        return offer(self, self.average)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from plain import assert_weights, iterates, run_of
 
@@ -38,6 +40,32 @@ def test_under_recalibration_buffers_are_the_newest():
 
 
 @pytest.mark.parametrize(
+    ("settings", "decay"),
+    [
+        ({"warmup": "power"}, lambda s: 1 - (1 + s) ** (-2 / 3)),
+        ({"warmup": "power", "gamma": 4, "power": 0.5}, lambda s: 1 - (1 + s / 4) ** -0.5),
+        ({"warmup": "count", "min_decay": 0.3}, lambda s: max((1 + s) / (10 + s), 0.3)),
+        ({"warmup": "annealing", "gamma": 2}, lambda s: 1 - 2 / (2 + s)),
+        ({"warmup": "exponential", "gamma": 3}, lambda s: 0.8 * (1 - math.exp(-s / 3))),
+        ({"warmup": "bias_correction"}, lambda s: 1 - 0.2 / (1 - 0.8 ** (s + 1))),
+        ({"half_life": 3}, lambda s: 0.5 ** (1 / 3)),
+        ({"half_life": 3, "warmup": "count"}, lambda s: (1 + s) / (10 + s)),
+    ],
+)
+@pytest.mark.parametrize("start", [1, 4])
+def test_warm_ups_count_the_steps_since_start(settings, decay, start):
+    run = run_of("ema_basic", {"ema": {"decay": 0.8, "start": start, **settings}})
+    found = iterates(run)
+    expected = dict(found[start])
+    most = 0.8 if "half_life" not in settings else 0.5 ** (1 / 3)
+    for s, t in enumerate(range(start + 1, 13), start=1):
+        d = min(decay(s), most)
+        for k, v in found[t].items():
+            expected[k] = d * expected[k] + (1 - d) * v if v.is_floating_point() else v
+    assert_weights(run.candidates()["ema"].weights, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"decay": 1.0}, r"ema.decay=1.0: a number in \[0, 1\)"),
@@ -45,6 +73,11 @@ def test_under_recalibration_buffers_are_the_newest():
         ({"start": -0.5}, "ema.start=-0.5: a share of the run below 1"),
         ({"every": 0}, "ema.every=0: at least 1"),
         ({"batchnorm": "reset"}, "ema.batchnorm='reset': choose one of"),
+        ({"warmup": "slow"}, "ema.warmup=slow: choose one of null, power, count, annealing"),
+        ({"gamma": 3.0}, "ema.gamma and min_decay belong to a warm-up"),
+        ({"warmup": "power", "gamma": 0.0}, "ema.gamma=0.0: a number above 0"),
+        ({"warmup": "count", "min_decay": 1.0}, "ema.min_decay=1.0: a number from 0 to"),
+        ({"half_life": 0.0}, "ema.half_life=0.0: a number of updates above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

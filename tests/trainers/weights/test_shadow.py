@@ -9,6 +9,7 @@ from plain import run_of, trained
 from dgavg.averaging import RunningMean
 from dgavg.testing import toy_model
 from dgavg.testing.contract import same
+from dgavg.trainers import SMA, Basic
 from dgavg.trainers.weights.shadow import offer
 
 
@@ -42,10 +43,11 @@ def test_the_average_shares_no_memory_with_the_live_weights():
 def test_nothing_is_offered_before_the_first_update():
     model = toy_model()
     average = RunningMean(model)
-    assert offer("x", None, "keep") == {}
-    assert offer("x", average, "keep") == {}
+    link = SMA(Basic(), batchnorm="keep")
+    assert offer(link, None) == {}
+    assert offer(link, average) == {}
     average.update(model)
-    assert offer("x", average, "keep")["x"].batchnorm == "keep"
+    assert offer(link, average)["sma"].batchnorm == "keep"
 
 
 def test_an_average_of_a_run_holds_no_more_than_one_copy_of_the_weights():

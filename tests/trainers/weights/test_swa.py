@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from plain import assert_weights, iterates, mean_of, run_of
 
@@ -59,6 +61,56 @@ def test_the_rate_eases_from_the_schedule_to_its_end_on_the_way_to_start():
     assert expected[-1] == pytest.approx(0.02)
 
 
+def test_a_late_schedule_measures_the_whole_run_from_start_on():
+    expected = []
+    for t in range(20):
+        initial = 0.1 * (1 - t / 40)
+        share = min(max((t / 20 - 0.5) / 0.4, 0), 1) if t >= 12 else 0
+        expected.append(initial + (0.02 - initial) * share)
+    assert rates(start=12, lr_final=0.02, schedule="late") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_an_annealed_schedule_eases_within_epochs_after_start(shape):
+    expected = []
+    for t in range(20):
+        initial, s = 0.1 * (1 - t / 40), min(max((t - 6) / 8, 0), 1)
+        share = s if shape == "linear" else (1 - math.cos(math.pi * s)) / 2
+        expected.append(initial + (0.02 - initial) * share)
+    found = rates(start=6, lr_final=0.02, schedule=shape, anneal=2)
+    assert found == pytest.approx(expected)
+
+
+def test_cycles_end_low_where_weights_count():
+    settings = {"start": 8, "every": 2, "lr_final": 0.02, "lr_high": 0.06, "schedule": "cyclic"}
+    run = run_of("swa_basic", {"swa": settings}, steps=26)
+    found, counts = [], []
+    fit(
+        run,
+        after_step=lambda run: (
+            found.append(run.optimizer.param_groups[0]["lr"]),
+            counts.append(next(iter(run.trainer)).average.count),
+        ),
+    )
+    counted = [t for t in range(26) if counts[t] > (counts[t - 1] if t else 0)]
+    assert counted == [7, 15, 23]  # the steps that end epochs 2, 4, 6
+    assert [found[t] for t in counted] == pytest.approx([0.025, 0.02, 0.02])  # the ramp, the cycles
+    assert found[8:16] == pytest.approx([0.06 - 0.04 * i / 8 for i in range(1, 9)])
+    assert found[0] == pytest.approx(0.1)
+
+
+def test_triangles_are_low_where_weights_count():
+    settings = {"start": 8, "every": 2, "lr_final": 0.02, "schedule": "triangle"}
+    run = run_of("swa_basic", {"swa": settings}, steps=26)
+    found = []
+    fit(run, after_step=lambda run: found.append(run.optimizer.param_groups[0]["lr"]))
+    assert found[:4] == pytest.approx([0.1] * 4)
+    assert found[4:13] == pytest.approx(
+        [0.1 - 0.02 * i for i in range(5)] + [0.04, 0.06, 0.08, 0.1]
+    )
+    assert found[8] == found[16] == found[24] == pytest.approx(0.02)
+
+
 def test_without_an_end_the_rate_is_the_schedules():
     assert rates() == pytest.approx([0.1 * (1 - t / 40) for t in range(20)])
 
@@ -70,6 +122,14 @@ def test_without_an_end_the_rate_is_the_schedules():
         ({"every": 0}, "swa.every=0: at least 1"),
         ({"lr_final": 0.0}, "swa.lr_final=0.0: a learning rate above 0"),
         ({"batchnorm": "reset"}, "swa.batchnorm='reset': choose one of"),
+        ({"schedule": "saw"}, "swa.schedule=saw: choose one of constant, late"),
+        ({"schedule": "cosine"}, "leads to a learning rate: set trainer.swa.lr_final"),
+        ({"lr_final": 0.1, "lr_high": 0.2}, "only schedule=cyclic and triangle have one"),
+        (
+            {"lr_final": 0.1, "lr_high": 0.05, "schedule": "cyclic"},
+            "swa.lr_high=0.05: at least lr_final, 0.1",
+        ),
+        ({"anneal": 0}, "swa.anneal=0: epochs, at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

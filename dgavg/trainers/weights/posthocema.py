@@ -1,0 +1,78 @@
+"""Post-hoc EMA: averages of any length, chosen after training."""
+
+from __future__ import annotations
+
+from dgavg.averaging.posthoc import PostHocMean, power_of
+from dgavg.errors import UserError, require
+from dgavg.run import Run
+from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainers.weights.shadow import by_step, check_shadow
+
+
+@trainer("posthocema")
+class PostHocEMA(Trainer):
+    """Power-function averages of any length from a few snapshots (Karras et al. 2024, 2312.02696).
+
+    A shadow: training is untouched, bit for bit. Offers a candidate for each length in `offer`,
+    named by it in percent: `posthocema5`, `posthocema10`, `posthocema20`. A length is the standard
+    deviation of the weights in time as a share of the run so far, so unlike a decay it needs no
+    change when the run is longer. After `fit` the field `average` gives any other length, at any
+    step: `average.weights(length, at)`.
+
+    - `offer` ([0.05, 0.1, 0.2]; up to 0.2887, the uniform mean): lengths to score.
+    - `lengths` ([0.05, 0.1], the authors'): averages kept while training.
+    - `snapshots` (16): how often in the run they are stored; more fit other lengths better.
+    - `start` (0), `every` (1): as those of `ema`.
+    - `batchnorm` (`average`): `keep`, `average` or `recalibrate`.
+
+    Cost: one pass over the weights a step for each of `lengths`; a copy of the weights in float32
+    for each of them and each snapshot of each, so 34 copies by default.
+    """
+
+    offer: tuple[float, ...] = (0.05, 0.1, 0.2)
+    lengths: tuple[float, ...] = (0.05, 0.1)
+    snapshots: int = 16
+    start: float = 0
+    every: int = 1
+    batchnorm: str = "average"
+    average: PostHocMean = state()
+
+    def validate(self) -> None:
+        """Refuse settings out of range."""
+        check_shadow(self)
+        require(self.snapshots >= 1, f"trainer.posthocema.snapshots={self.snapshots}: at least 1")
+        for key in ("offer", "lengths"):
+            values = list(getattr(self, key))
+            require(
+                bool(values) and len(set(values)) == len(values),
+                f"trainer.posthocema.{key}={values}: at least one length, all different",
+            )
+            for value in values:
+                try:
+                    power_of(value)
+                except ValueError as error:
+                    raise UserError(f"trainer.posthocema.{key}={values}: {error}") from None
+
+    def setup(self, run: Run) -> None:
+        """Make room for the averages."""
+        options = by_step(self, run)
+        updates = (run.steps - options["start"]) // self.every
+        every = max(updates // self.snapshots, 1)
+        self.average = PostHocMean(run.live, lengths=self.lengths, snapshot_every=every, **options)
+
+    def after_step(self, run: Run) -> None:
+        """Take in the iterate."""
+        self.average.update(run.live)
+
+    def candidate_names(self) -> list[str]:
+        """One for each length, in percent."""
+        return [f"posthocema{100 * length:g}" for length in self.offer]
+
+    def candidates(self) -> dict[str, Candidate]:
+        """An average of each length."""
+        if self.average is None or self.average.count == 0:
+            return {}
+        return {
+            name: Candidate(self.average.weights(length), self.batchnorm)
+            for name, length in zip(self.candidate_names(), self.offer, strict=True)
+        }
