@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
-from dgavg.averaging.batchnorm import batchnorm_layers, batchnorm_recalibration
+from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
 from dgavg.averaging.parameters import named_tensors, plain_name
 from dgavg.errors import require
 from dgavg.trainer import POLICIES, Candidate, Weights
@@ -45,7 +46,8 @@ class Scorer:
     Nothing is ever swapped into the live model, so no exception can leave the wrong weights in
     training. `pooled()` yields the un-augmented training images, in batches that mix all training
     domains, for candidates whose batch norm is recalibrated; they all share one pass over it.
-    Random numbers are neither drawn nor seeded.
+    Probes are not scored on the splits named in `held_out`. Random numbers are neither drawn nor
+    seeded.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class Scorer:
         *,
         batch_size: int = 512,
         forward: Callable[[nn.Module, Tensor], Tensor] = lambda model, images: model(images),
+        held_out: frozenset[str] = frozenset(),
     ) -> None:
         self.model, self.splits, self.pooled = model, splits, pooled
-        self.batch_size, self.forward = batch_size, forward
-        self._twins: dict[str, nn.Module] = {}
+        self.batch_size, self.forward, self.held_out = batch_size, forward, held_out
+        self._twins: dict[str, list[nn.Module]] = {}
 
     @torch.no_grad()
     def score(self, candidates: Mapping[str, Candidate]) -> dict[str, dict[str, SplitScore]]:
@@ -67,22 +70,35 @@ class Scorer:
 
         Raises `UserError` for an unknown batch-norm policy.
         """
-        twins = {name: self._twin(name, candidate) for name, candidate in candidates.items()}
-        self._twins = twins
-        self._recalibrate([twins[k] for k, c in candidates.items() if c.batchnorm == "recalibrate"])
-        for twin in twins.values():
+        self._twins = twins = {
+            name: [
+                self._twin(name, candidate, w) for w in candidate.members or (candidate.weights,)
+            ]
+            for name, candidate in candidates.items()
+        }
+        self._recalibrate(
+            [m for k, c in candidates.items() if c.batchnorm == "recalibrate" for m in twins[k]]
+        )
+        for twin in itertools.chain(*twins.values()):
             twin.eval()
-        return self._by_candidate(twins)
+        return self._by_candidate(twins, {k for k, c in candidates.items() if c.probe})
 
     def weights(self, name: str) -> Weights:
-        """The weights that `name` was last scored with, recalibrated statistics included."""
-        return named_tensors(self._twins[name])
+        """The weights that `name` was last scored with, recalibrated statistics included.
 
-    def _by_candidate(self, twins: Mapping[str, nn.Module]) -> dict[str, dict[str, SplitScore]]:
+        Of several members, the first's.
+        """
+        return named_tensors(self._twins[name][0])
+
+    def _by_candidate(
+        self, twins: Mapping[str, list[nn.Module]], probes: set[str]
+    ) -> dict[str, dict[str, SplitScore]]:
         sums: dict[tuple[str, str], Tensor] = {}
         for split, images, labels in self._batches():
-            for name, twin in twins.items():
-                logits = self.forward(twin, images)
+            for name, members in twins.items():
+                if name in probes and split in self.held_out:
+                    continue
+                logits = self._prediction(members, images)
                 right = (logits.argmax(dim=1) == labels).sum()
                 found = torch.stack([right, F.cross_entropy(logits, labels, reduction="sum")])
                 sums[name, split] = sums[name, split] + found if (name, split) in sums else found
@@ -93,31 +109,38 @@ class Scorer:
             scores[name][split] = SplitScore(right / n, loss / n, n)
         return scores
 
+    def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:
+        """The logits of one model, or the logarithms of the mean probabilities of several."""
+        if len(members) == 1:
+            return self.forward(members[0], images)
+        found = torch.stack([self.forward(m, images).log_softmax(dim=1) for m in members])
+        return found.logsumexp(dim=0) - math.log(len(members))
+
     def _batches(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, split in self.splits.items():
             parts = (torch.split(t, self.batch_size) for t in (split.images, split.labels))
             for images, labels in zip(*parts, strict=True):
                 yield name, images.float().div_(255), labels
 
-    def _twin(self, name: str, candidate: Candidate) -> nn.Module:
-        """A module of the model's structure with the candidate's tensors; nothing is copied but
-        the batch-norm statistics that are to be recalibrated."""
+    def _twin(self, name: str, candidate: Candidate, tensors: Weights) -> nn.Module:
+        """A module of the model's structure with the given tensors; nothing is copied but the
+        batch-norm statistics that are to be recalibrated."""
         require(
             candidate.batchnorm in POLICIES,
             f"candidate {name!r}: batch-norm policy {candidate.batchnorm!r}; choose one of "
             + ", ".join(POLICIES),
         )
         held = (vars(m).values() for m in self.model.modules())  # such as a last activation
-        tensors = (*self.model.parameters(), *self.model.buffers(), *itertools.chain(*held))
-        shared = {id(t): t for t in tensors if isinstance(t, Tensor)}
+        parts = (*self.model.parameters(), *self.model.buffers(), *itertools.chain(*held))
+        shared = {id(t): t for t in parts if isinstance(t, Tensor)}
         twin = copy.deepcopy(self.model, memo=shared)
         live = self.model.state_dict()
         names = {plain_name(k): k for k in live}
-        weights = {names.get(k, k): v for k, v in named_tensors(candidate.weights).items()}
+        weights = {names.get(k, k): v for k, v in named_tensors(tensors).items()}
         statistics = [
             f"{k}.{b}"
             for k, m in self.model.named_modules(remove_duplicate=False)
-            if isinstance(m, _BatchNorm)
+            if isinstance(m, _NormBase)
             for b, _ in m.named_buffers(recurse=False)
         ]
         if candidate.batchnorm == "keep":
@@ -128,11 +151,11 @@ class Scorer:
         return twin
 
     def _recalibrate(self, twins: list[nn.Module]) -> None:
-        if not twins or not any(m.training for m in batchnorm_layers(twins[0])):
+        if not twins or not any(m.training for m in statistics_layers(twins[0])):
             return
         with ExitStack() as stack:
             for twin in twins:
-                layers = [m for m in batchnorm_layers(twin) if m.training]  # frozen ones stay
+                layers = [m for m in statistics_layers(twin) if m.training]  # frozen ones stay
                 stack.enter_context(batchnorm_recalibration(twin, layers))
             for images in self.pooled():
                 for twin in twins:
