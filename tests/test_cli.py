@@ -194,7 +194,9 @@ def test_list_shows_the_card_of_one_with_its_settings(words, first, settings, dg
 
 def test_help_says_the_commands_and_every_setting_with_its_value(dgavg):
     out, _ = dgavg("--help")
-    for word in ("dgavg report", "dgavg list", "dgavg -m", "--cfg job", "--seed"):
+    for word in ("report", "list", "soup", "ensemble", "-m"):
+        assert f"dgavg {word} " in out
+    for word in ("--cfg job", "--seed"):
         assert word in out
     assert "weight_decay: 0.0" in out
     assert "eval_batch_size: 512" in out

@@ -9,8 +9,8 @@ from dgavg import UserError, cli
 
 TRAINERS = "basic, coral, ema, irm, ma, mixup, sam, sma, swa, vrex"
 SETTINGS = (
-    "trainer, data, model, optimizer, protocol, stopping, holdout, seeds, device, precision, "
-    "threads, evaluate, eval_batch_size, logger, runs, name"
+    "trainer, data, model, optimizer, protocol, stopping, holdout, seeds, init_seed, device, "
+    "precision, threads, evaluate, eval_batch_size, logger, runs, name"
 )
 USE = "settings are SETTING=VALUE, see dgavg --help"
 
@@ -70,6 +70,9 @@ VALUES = {
     "seeds=3": "seeds=3: write a list of numbers from 0 on, such as seeds=[0,1,2]",
     "seeds=[0,a]": "seeds=[0, 'a']: write a list of numbers from 0 on, such as seeds=[0,1,2]",
     "seeds=[]": "seeds=[]: write a list of numbers from 0 on, such as seeds=[0,1,2]",
+    "init_seed=-1": "init_seed=-1: a number from 0 on, or null",
+    "init_seed=4294967296": "init_seed=4294967296: a number from 0 on, or null",
+    "init_seed=a": "init_seed=a must be an integer",
     "seeds=1,2": "seeds=1,2: write seeds=[1,2] for a list, or dgavg -m to run each of them",
     "holdout=[]": "holdout=[]: name at least one domain, or write holdout=all",
     "stopping.patience=0": "stopping.patience=0: at least 1 evaluation",
@@ -92,8 +95,9 @@ CHAINS = {
     "~seeds": "seeds is missing: write seeds=...",
 }
 WORDS = {
-    "trainer": f"no command 'trainer'; Known: list, report; {USE}",
-    "reprot": f"no command 'reprot'; did you mean 'report'? Known: list, report; {USE}",
+    "trainer": f"no command 'trainer'; Known: list, report, soup, ensemble; {USE}",
+    "reprot": "no command 'reprot'; did you mean 'report'? Known: list, report, soup, ensemble; "
+    + USE,
     "=3": f"no setting '=3'; {USE}",
     "trainer.ema.decay": f"no setting 'trainer.ema.decay'; {USE}",
     "trainer=null": f"'trainer=null' leaves nothing to choose: write trainer=NAME; {USE}",

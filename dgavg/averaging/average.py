@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dgavg.averaging.parameters import Named, all_tensors, check_same
+from dgavg.averaging.lent import lent
+from dgavg.averaging.pairs import Pairs, moved, room
+from dgavg.averaging.parameters import Named, check_same, real
 from dgavg.averaging.tracked import Policy, Tracked
 
 
@@ -28,7 +31,8 @@ class WeightAverage(ABC):
     Floating tensors are averaged in at least float32, complex ones too; integers, booleans and
     masks with infinities are copied; tied parameters are averaged once; parametrized modules (as
     weight norm) in the parameters that are trained. Names have no prefix of compiled or distributed
-    models. The model's tensors are looked up once, and again whenever it has others.
+    models. The model's tensors are looked up once, and again whenever it has others; until then, or
+    as long as the average lives, they stay in memory.
 
     `calls` counts updates asked for, `count` those that counted.
 
@@ -45,18 +49,21 @@ class WeightAverage(ABC):
         buffers: Policy | None = None,
         buffer_names: frozenset[str] | None = None,
     ) -> None:
-        if start < 0 or start != int(start):
+        if not (0 <= start < math.inf and start == int(start)):
             raise ValueError(f"start={start}: a number of updates from 0 on")
-        if interval < 1 or interval != int(interval):
+        if not (1 <= interval < math.inf and interval == int(interval)):
             raise ValueError(f"interval={interval}: a number of updates from 1 on")
-        self.start, self.interval = start, interval
-        self.device = None if device is None else torch.device(device)
+        self.start, self.interval = int(start), int(interval)
+        self.device = None if device is None else torch.empty(0, device=device).device
         self.calls = 0
         self.count = 0
-        self.tracked = Tracked(source, buffers, buffer_names)
-        live, copied = self.tracked.live(source)
-        self._copied = [t.to(self.device or t.device, copy=True) for t in copied]
-        self._allocate(live)
+        with _lasting():
+            self.tracked = Tracked(source, buffers, buffer_names)
+            live, copied = self.tracked.live(source)
+            dtypes = [t.dtype for t in copied]
+            self._copied: list[Tensor] = room(copied, dtypes, self._devices(copied))
+            self._copying = Pairs(self._copied, copied)
+            self._allocate(live)
 
     @abstractmethod
     def _allocate(self, live: list[Tensor]) -> None:
@@ -83,10 +90,9 @@ class WeightAverage(ABC):
         """Take in the weights that `source` has now, where this call is one that counts."""
         since = self.calls - self.start
         if since >= 0 and since % self.interval == 0:
-            live, copied = self._find(source)
+            live, _ = self._find(source)
             self._take(live)
-            if copied:
-                torch._foreach_copy_(self._copied, copied)
+            self._copying.copy()
             self.count += 1
         self.calls += 1
 
@@ -95,10 +101,16 @@ class WeightAverage(ABC):
         before = self.tracked.found
         live, copied = self.tracked.live(source)
         if self.tracked.found != before:
-            if self.device is None:
-                self._copied = [m.to(t.device) for m, t in zip(self._copied, copied, strict=True)]
-            self._follow(live)
+            with _lasting():
+                dtypes = [t.dtype for t in copied]
+                self._copied = moved(self._copied, copied, dtypes, self._devices(copied))
+                self._copying = Pairs(self._copied, copied)
+                self._follow(live)
         return live, copied
+
+    def _devices(self, live: list[Tensor]) -> list[torch.device]:
+        """Where the average of each tensor belongs."""
+        return [self.device or t.device for t in live]
 
     def weights(self) -> dict[str, Tensor]:
         """The average by name, as `load_state_dict` takes it, in the model's dtypes.
@@ -122,7 +134,7 @@ class WeightAverage(ABC):
         Raises `ValueError` before the first update that counts.
         """
         self.check_started()
-        live, copied = self._find(target)
+        live, copied = self.tracked.peek(target)
         if live:
             torch._foreach_copy_(live, self._means())
         if copied:
@@ -140,21 +152,20 @@ class WeightAverage(ABC):
         if self.count == 0:
             yield
             return
-        self._find(model)  # is it this model?
-        live = all_tensors(model)
-        before = {name: tensor.data for name, tensor in live.items()}
-        try:
-            for name, tensor in self.tracked.named(self._means(), self._copied).items():
-                owner = self.tracked.owner[name]
-                if name == owner:
-                    fresh = torch.empty_like(before[name], requires_grad=False)
-                    live[name].data = fresh.copy_(tensor)
-                else:
-                    live[name].data = live[owner].data
+        self.tracked.peek(model)  # is it this model?
+        with lent(model, self.tracked.owner) as fresh:
+            self._fill(fresh)
             yield
-        finally:
-            for name, tensor in live.items():
-                tensor.data = before[name]
+
+    @torch.no_grad()
+    def _fill(self, target: Named) -> None:
+        """Write the average into tensors by name."""
+        averaged = [real(target[name]) for name in self.tracked.averaged]
+        copied = [target[name] for name in self.tracked.copied]
+        if averaged:
+            torch._foreach_copy_(averaged, self._means())
+        if copied:
+            torch._foreach_copy_(copied, self._copied)
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
         """From now on `update(model)` after every step that `optimizer` really takes.
@@ -199,3 +210,10 @@ class WeightAverage(ABC):
         for name, tensor in mine.items():
             tensor.copy_(saved["tensors"][name])
         self.calls, self.count = saved["calls"], saved["count"]
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """Tensors made here may be changed later on, wherever they are made."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -99,7 +99,7 @@ def recalibrate_batchnorm(
         return
     with batchnorm_recalibration(model, reduce=reduce):
         for batch in islice(batches, max_batches):
-            (forward or _forward)(model, batch)
+            (forward or pass_on)(model, batch)
 
 
 def _chosen(model: nn.Module) -> list[_NormBase]:
@@ -158,7 +158,8 @@ def _uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
-def _forward(model: nn.Module, batch: Any) -> Any:
+def pass_on(model: nn.Module, batch: Any) -> Any:
+    """What `model` makes of a batch: the first of a list or tuple, a mapping by name."""
     if isinstance(batch, list | tuple) and not hasattr(batch, "to"):  # as a PackedSequence has
         batch = batch[0]
     batch = _to(batch, next(chain(model.parameters(), model.buffers())).device)

@@ -32,7 +32,7 @@ class ExponentialMean(ConvexMean):
       1 − gamma/(gamma + s) (mmengine; gamma 100). `exponential`: d·(1 − exp(−s/gamma))
       (ultralytics; gamma 2000).
 
-    Other options and memory: see `WeightAverage`.
+    Other options: see `WeightAverage`; memory: see `ConvexMean`.
 
     Raises `ValueError` for settings out of range.
     """
@@ -53,12 +53,18 @@ class ExponentialMean(ConvexMean):
     ) -> None:
         super().__init__(source, **options)
         self.decay = _decay(decay, momentum, half_life, self.interval)
+        if self.decay == 1.0:
+            raise ValueError(f"momentum={momentum}, half_life={half_life}: too long, d rounds to 1")
         if warmup is not None and warmup not in WARMUPS:
             raise ValueError(f"warmup={warmup!r}: choose one of {', '.join(WARMUPS)}, or None")
         if warmup is not None and bias_correction:
             raise ValueError("warmup and bias_correction both free it of the start: choose one")
         if warmup is None and (gamma is not None or min_decay):
             raise ValueError("gamma and min_decay belong to a warm-up: choose warmup=...")
+        if warmup == "count" and gamma is not None:
+            raise ValueError(f"gamma={gamma}: (1 + s)/(10 + s) has none")
+        if warmup != "power" and power != 2 / 3:
+            raise ValueError(f"power={power}: belongs to warmup='power'")
         if gamma is not None and not 0 < gamma < math.inf:
             raise ValueError(f"gamma={gamma}: a number above 0")
         if not 0 < power < math.inf:

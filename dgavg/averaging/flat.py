@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dgavg.averaging.parameters import same_memory
 
 ALIGN = 64  # elements: a tensor starts on a cache line whatever its dtype
 
@@ -22,41 +25,52 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def padded(numel: int) -> int:
+def padded(numel: int, align: int = ALIGN) -> int:
     """`numel` rounded up to where the next tensor may start."""
-    return -(-numel // ALIGN) * ALIGN
+    return -(-numel // align) * align
 
 
 def side_by_side(
-    shapes: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    shapes: Sequence[Tensor], dtype: torch.dtype, device: torch.device, align: int = ALIGN
 ) -> list[Tensor]:
     """Zeros of the shapes and strides of the given tensors, next to each other in one buffer."""
-    flat = torch.zeros(sum(padded(t.numel()) for t in shapes), dtype=dtype, device=device)
+    flat = torch.zeros(sum(padded(t.numel(), align) for t in shapes), dtype=dtype, device=device)
     found, offset = [], 0
     for t in shapes:
         strides = t.stride() if is_dense(t) else torch.empty(t.shape, device="meta").stride()
         found.append(flat.as_strided(t.shape, strides, offset))
-        offset += padded(t.numel())
+        offset += padded(t.numel(), align)
     return found
 
 
-def groups(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of `tensors` in runs that stand next to each other in memory."""
+def runs(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of `tensors` that stand next to each other in memory, in the order they do."""
+    order = sorted(range(len(tensors)), key=lambda i: _place(tensors[i]))
+    found = groups([tensors[i] for i in order])
+    return sorted([order[j] for j in group] for group in found)
+
+
+def groups(tensors: Sequence[Tensor], align: int = ALIGN) -> list[list[int]]:
+    """As `runs`, of tensors that follow one another in the sequence, too."""
     found: list[list[int]] = [[0]] if tensors else []
     for i, (left, right) in enumerate(pairwise(tensors)):
-        if _adjacent(left, right):
+        if _adjacent(left, right, align):
             found[-1].append(i + 1)
         else:
             found.append([i + 1])
     return found
 
 
-def _adjacent(left: Tensor, right: Tensor) -> bool:
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+
+
+def _adjacent(left: Tensor, right: Tensor, align: int) -> bool:
     return bool(
         left.dtype == right.dtype
         and left.device == right.device
         and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-        and right.storage_offset() == left.storage_offset() + padded(left.numel())
+        and right.storage_offset() == left.storage_offset() + padded(left.numel(), align)
         and is_dense(left)
         and is_dense(right)
     )
@@ -76,21 +90,23 @@ def flatten_parameters(model: nn.Module) -> None:
     """Move the parameters of `model` into one buffer for each dtype and device, values unchanged.
 
     The parameters stay the same objects, so optimizers, `load_state_dict` and training go on as
-    before; averages made of the model afterwards update all of them by one call. Averages check
-    before each update that the parameters are still there: after `model.to(dtype)` or a
+    before, and tied ones stay tied; averages of the model update all of them by one call. Averages
+    check before each update that the parameters are still there: after `model.to(dtype)` or a
     `deepcopy`, which move them, they go back to one call on a list. Memory: once more the largest
     group of parameters while it moves. Saving a single parameter saves the whole buffer: save
     `model.state_dict()`, or a clone. cuDNN's recurrent layers have a buffer of their own
     (`nn.RNNBase.flatten_parameters`), which this takes them out of.
+
+    Raises `ValueError` for parameters without a shape yet.
     """
-    kinds: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for p in model.parameters():
-        kinds.setdefault((p.dtype, p.device), []).append(p)
-    for (dtype, device), parameters in kinds.items():
-        _rebind(parameters, side_by_side(parameters, dtype, device))
-
-
-def _rebind(parameters: Iterable[nn.Parameter], places: Iterable[Tensor]) -> None:
-    for p, place in zip(parameters, places, strict=True):
-        place.copy_(p)
-        p.data = place
+    kinds: dict[tuple[torch.dtype, torch.device], dict[Hashable, list[nn.Parameter]]] = {}
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"{name} has no shape yet: run one batch before you flatten the model")
+        kinds.setdefault((p.dtype, p.device), {}).setdefault(same_memory(p), []).append(p)
+    for (dtype, device), tied in kinds.items():
+        places = side_by_side([same[0] for same in tied.values()], dtype, device)
+        for place, same in zip(places, tied.values(), strict=True):
+            place.copy_(same[0])
+            for p in same:
+                p.data = place

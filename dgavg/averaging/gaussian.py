@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.average import WeightAverage
-from dgavg.averaging.batchnorm import _forward, recalibrate_batchnorm
+from dgavg.averaging.batchnorm import pass_on, recalibrate_batchnorm
 from dgavg.averaging.lent import lent
 from dgavg.averaging.parameters import Named, all_tensors, plain_name, wide
 from dgavg.averaging.vector import Layout
@@ -275,7 +275,7 @@ class GaussianPosterior(WeightAverage):
                 _write(fresh, self._sample(scale, generator, low_rank, scaling))
                 if batches is not None:
                     recalibrate_batchnorm(model, batches, forward=forward)
-                found = _probabilities(model, rows, forward or _forward)
+                found = _probabilities(model, rows, forward or pass_on)
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return torch.cat(total) / samples
 

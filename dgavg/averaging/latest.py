@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ class LatestMean(WeightAverage):
     """The mean of the `k` latest weights taken in: LAWA (Kaddour 2022, arXiv 2209.14981).
 
     While there are fewer, the mean of those. Nothing is added up as it goes, so nothing drifts.
-    Other options: see `WeightAverage`. Memory: k models in the model's dtype; 1 more in float32 for
-    `weights()`.
+    Other options: see `WeightAverage`. Memory: k models in the model's dtype; `weights()` makes 1
+    more in float32, and where the model is narrower what it gives besides.
 
     Raises `ValueError` for a `k` below 1.
     """
 
     def __init__(self, source: nn.Module | Named, *, k: int = 6, **options: Any) -> None:
-        if k < 1:
+        if not (1 <= k < math.inf and k == int(k)):
             raise ValueError(f"k={k}: a number of models from 1 on")
-        self.k = k
+        self.k = int(k)
         super().__init__(source, **options)
 
     def _allocate(self, live: list[Tensor]) -> None:
@@ -35,7 +36,10 @@ class LatestMean(WeightAverage):
 
     def _follow(self, live: list[Tensor]) -> None:
         self._latest = [
-            [m.to(self.device or t.device, t.dtype) for m, t in zip(kept, live, strict=True)]
+            [
+                m.to(self.device or t.device, torch.promote_types(m.dtype, t.dtype))
+                for m, t in zip(kept, live, strict=True)
+            ]
             for kept in self._latest
         ]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.convex import ConvexMean
-from dgavg.averaging.parameters import Named, check_same
+from dgavg.averaging.parameters import Named
+from dgavg.averaging.vector import Layout
 
 LONGEST = 1 / math.sqrt(12)  # of the uniform mean, γ = 0
 
@@ -83,6 +84,7 @@ class PostHocMean:
             raise ValueError(f"snapshot_every={snapshot_every}: updates from 1 on")
         self.averages = [PowerMean(source, length=length, **options) for length in lengths]
         self.snapshot_every, self.dtype = snapshot_every, dtype
+        self._layout = Layout(self.averages[0]._means())
         self.snapshots: list[dict[str, Any]] = []
 
     @property
@@ -100,11 +102,15 @@ class PostHocMean:
             self.snapshots += [self._snapshot(average) for average in self.averages]
 
     def _snapshot(self, average: PowerMean) -> dict[str, Any]:
-        tensors = {
-            name: tensor.to(self.dtype or tensor.dtype, copy=True)
-            for name, tensor in average._stored().items()
-        }
-        return {"count": average.count, "power": average.power, "tensors": tensors}
+        """The averages as one vector: a checkpoint of many snapshots has few tensors."""
+        means = average._means()
+        dtype = self.dtype or _widest(means)
+        flat = torch.empty(
+            self._layout.size, dtype=dtype, device=means[0].device if means else None
+        )
+        for place, mean in zip(self._layout.views(flat), means, strict=True):
+            place.copy_(mean)
+        return {"count": average.count, "power": average.power, "vector": flat}
 
     def coefficients(self, length: float, at: int | None = None) -> list[float]:
         """What each snapshot, then each average as it stands, contributes; they sum to 1.
@@ -135,15 +141,19 @@ class PostHocMean:
         newest = self.averages[0]
         sums = [torch.zeros_like(t) for t in newest._means()]
         for share, source in zip(shares, self._sources(), strict=True):
-            for total, tensor in zip(sums, source["tensors"].values(), strict=True):
+            for total, tensor in zip(sums, self._tensors(source), strict=True):
                 total.add_(tensor.to(total.device, total.dtype), alpha=share)
         return newest._by_name(sums)
 
+    def _tensors(self, source: dict[str, Any]) -> list[Tensor]:
+        """Those of a snapshot, or of an average as it stands."""
+        if "average" in source:
+            return list(source["average"]._means())
+        return self._layout.views(source["vector"])
+
     def _sources(self) -> list[dict[str, Any]]:
         """The snapshots, and the averages as they stand unless that is a snapshot already."""
-        newest = [
-            {"count": a.count, "power": a.power, "tensors": a._stored()} for a in self.averages
-        ]
+        newest = [{"count": a.count, "power": a.power, "average": a} for a in self.averages]
         stored = bool(self.snapshots) and self.snapshots[-1]["count"] == self.count
         return self.snapshots if stored else [*self.snapshots, *newest]
 
@@ -165,14 +175,17 @@ class PostHocMean:
                 f"the state has {len(saved['averages'])} averages, not {len(self.averages)}: "
                 "give the lengths it was made with"
             )
-        for snapshot in saved["snapshots"]:
-            check_same(self.averages[0]._stored(), snapshot["tensors"])
         for average, state in zip(self.averages, saved["averages"], strict=True):
             average.load_state_dict(state)
-        self.snapshots = [
-            {**s, "tensors": {k: t.clone() for k, t in s["tensors"].items()}}
-            for s in saved["snapshots"]
-        ]
+        self.snapshots = [{**s, "vector": s["vector"].clone()} for s in saved["snapshots"]]
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """What holds the numbers of all of them."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _product(p: tuple[int, float], q: tuple[int, float]) -> float:

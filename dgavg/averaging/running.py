@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -15,12 +16,12 @@ class RunningMean(ConvexMean):
 
     The average of SWA (Izmailov et al. 2018, arXiv 1803.05407) and, taken every step, of SMA (Arpit
     et al. 2022, arXiv 2110.10832). `first_count` is how many models the first one counts for.
-    Other options and memory: see `WeightAverage`.
+    Other options: see `WeightAverage`; memory: see `ConvexMean`.
     """
 
     def __init__(self, source: nn.Module | Named, *, first_count: int = 1, **options: Any) -> None:
         super().__init__(source, **options)
-        if first_count < 1:
+        if not 1 <= first_count < math.inf:
             raise ValueError(f"first_count={first_count}: at least 1")
         self.first_count = first_count
 

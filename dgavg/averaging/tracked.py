@@ -65,9 +65,8 @@ class Tracked:
             if self.owner[name] != name:
                 continue
             policy = _policy(buffers, name) if name in names else "average"
-            number = tensor.is_floating_point() or tensor.is_complex()
-            finite = number and policy == "average" and bool(tensor.isfinite().all())
-            (self.averaged if finite else self.copied).append(name)  # a mask's -inf has no mean
+            averaged = policy == "average" and _has_mean(name, tensor)
+            (self.averaged if averaged else self.copied).append(name)
         self.like = {k: t.detach().to("meta") for k, t in tensors.items()}
         self.found = 0  # how often the live tensors were looked up
         self._watch: _Watch | None = None
@@ -78,17 +77,35 @@ class Tracked:
 
         The same two lists as long as `source` holds the same tensors in the same memory.
 
-        Raises `ValueError` for a model with other names or shapes.
+        Raises `ValueError` for a model with other names, shapes or ties.
         """
         if self._watch is None or not self._watch.unchanged(source):
-            tensors = all_tensors(source)
-            check_same(self.like, tensors)
-            self.like = {k: tensors[k].detach().to("meta") for k in self.like}
-            averaged = [real(tensors[k].detach()) for k in self.averaged]
-            self._live = (averaged, [tensors[k].detach() for k in self.copied])
+            tensors = self._checked(source)
+            for name, like in self.like.items():
+                if tensors[name].dtype != like.dtype:
+                    self.like[name] = tensors[name].detach().to("meta")
+            self._live = self._sorted(tensors)
             self._watch = _Watch(source)
             self.found += 1
         return self._live
+
+    def peek(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
+        """As `live`, of a model that is looked at this once."""
+        if self._watch is not None and self._watch.unchanged(source):
+            return self._live
+        return self._sorted(self._checked(source))
+
+    def _checked(self, source: nn.Module | Named) -> dict[str, Tensor]:
+        tensors = all_tensors(source)
+        check_same(self.like, tensors)
+        for name, owner in self.owner.items():
+            if name != owner:
+                _check_tied(tensors, name, owner)
+        return tensors
+
+    def _sorted(self, tensors: Named) -> tuple[list[Tensor], list[Tensor]]:
+        averaged = [real(tensors[k].detach()) for k in self.averaged]
+        return averaged, [tensors[k].detach() for k in self.copied]
 
     def named(self, averaged: list[Tensor], copied: list[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of `live` under all names of the model, in its dtypes."""
@@ -109,6 +126,14 @@ def as_model(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
+def _has_mean(name: str, tensor: Tensor) -> bool:
+    if tensor.is_meta:
+        raise ValueError(f"{name} has no values yet: move the model off the meta device first")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    return tensor.requires_grad or not bool(tensor.isinf().any())  # a mask's -inf has no mean
+
+
 def _policy(buffers: Policy, name: str) -> str:
     policy = buffers if isinstance(buffers, str) else buffers(name)
     if policy not in POLICIES:
@@ -116,35 +141,44 @@ def _policy(buffers: Policy, name: str) -> str:
     return policy
 
 
+def _check_tied(tensors: Named, name: str, owner: str) -> None:
+    """Copies of tied tensors will do, as long as they are equal."""
+    one, other = tensors[name].detach(), tensors[owner].detach()
+    if same_memory(one) != same_memory(other) and not one.equal(other.to(one.device, one.dtype)):
+        raise ValueError(f"{owner} and {name} were tied but now differ: make a new average")
+
+
+_END = object()
+
+
 class _Watch:
     """Notices when a model or mapping holds other tensors than before, or in other memory.
 
-    Cheap enough for every update: a few comparisons a tensor, in C.
+    Cheap enough for every update: a few comparisons a tensor, in C. It keeps the tensors alive, so
+    that no other takes their memory unnoticed.
     """
 
     def __init__(self, source: nn.Module | Named) -> None:
-        self.source: Any = None
-        self.dicts: list[Mapping[str, Any]] = []
+        dicts: list[Any] = [source]
         if isinstance(source, nn.Module):
-            self.source = weakref.ref(source)
-            parts = ((m._modules, m._parameters, m._buffers) for m in source.modules())
-            self.dicts = list(chain.from_iterable(parts))
-        self.parts = self._parts(source)
+            found = ((m._modules, m._parameters, m._buffers) for m in source.modules())
+            dicts = list(chain.from_iterable(found))
+        self.source = weakref.ref(source) if isinstance(source, nn.Module) else lambda: source
+        self.is_plain = all(isinstance(d, dict) for d in dicts)  # not so in a scripted module
+        self.values = [d.values() for d in dicts]
+        self.parts = [*chain.from_iterable(self.values), _END]
         self.tensors = [t for t in self.parts if isinstance(t, Tensor)]
         self.memory = [t.data_ptr() for t in self.tensors]
-
-    def _parts(self, source: nn.Module | Named) -> list[Any]:
-        if isinstance(source, nn.Module):
-            return list(chain.from_iterable(map(dict.values, self.dicts)))  # type: ignore[arg-type]
-        return list(source.values())
+        self.layout = None if isinstance(source, nn.Module) else _layout(source)
 
     def unchanged(self, source: nn.Module | Named) -> bool:
         """Whether `source` is as it was."""
-        if isinstance(source, nn.Module):
-            if self.source is None or self.source() is not source:
-                return False
-            parts = self._parts(source)
-            if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
-                return False
-            return [t.data_ptr() for t in self.tensors] == self.memory
-        return self.source is None and [t.data_ptr() for t in source.values()] == self.memory
+        if self.is_plain and self.source() is source:
+            parts = chain(chain.from_iterable(self.values), (_END,))
+            if all(map(is_, parts, self.parts)):
+                return list(map(Tensor.data_ptr, self.tensors)) == self.memory
+        return isinstance(source, Mapping) and _layout(source) == self.layout
+
+
+def _layout(source: Named) -> list[tuple[Any, ...]]:
+    return [(k, t.data_ptr(), t.dtype, t.shape, t.stride()) for k, t in source.items()]

@@ -44,6 +44,7 @@ class Experiment:
     stopping: Stopping
     held_out: tuple[str, ...]
     seeds: tuple[int, ...]
+    init_seed: int | None
     device: torch.device
     precision: str
     evaluate_all: bool
@@ -80,9 +81,14 @@ def build(
     check(trainer)
     _check_functions(trainer)
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
-    _check_choices(settings, protocol)
+    check_choices(settings, protocol)
     _check_stopping(trainer, stopping)
     device = find_device(settings["device"])
+    init_seed = settings["init_seed"]
+    require(
+        init_seed is None or 0 <= init_seed < 2**32,
+        f"init_seed={init_seed}: a number from 0 on, or null",
+    )
     threads = settings["threads"]
     require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
     optimizer = dict(settings["optimizer"])
@@ -109,6 +115,8 @@ def build(
         "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
+    if init_seed is not None:  # runs without it keep their names
+        identity["init_seed"] = init_seed
     identity = json.loads(json.dumps(identity, default=list))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}".replace(os.sep, "_")
@@ -123,6 +131,7 @@ def build(
         stopping=stopping,
         held_out=held_out,
         seeds=_seeds(settings["seeds"]),
+        init_seed=init_seed,
         device=device,
         precision=settings["precision"],
         evaluate_all=settings["evaluate"] == "all",
@@ -176,7 +185,7 @@ def _described(model: ModelBuilder, dataset: DomainDataset) -> dict[str, str]:
     }
 
 
-def _check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
     for value, choices, name in (
         (protocol["test_split"], ("in", "all"), "protocol.test_split"),
         (protocol["selection"], tuple(RULES), "protocol.selection"),
@@ -195,7 +204,7 @@ def _check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> 
 
 
 def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
-    known = ["live", *(k.name for k in trainer if type(k).candidates is not Trainer.candidates)]
+    known = ["live", *(name for link in trainer for name in link.candidate_names())]
     if stopping.candidate is not None and stopping.candidate not in known:
         where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
         raise unknown("candidate", stopping.candidate, known, where)

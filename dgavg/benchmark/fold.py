@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,28 @@ from dgavg.benchmark.files import (
 )
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import renew
-from dgavg.data import Splits, TrainingBatches, make_splits
+from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
 from dgavg.errors import UserError, require
 from dgavg.evaluation import Scorer, Split, selected_step
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
 from dgavg.run import Run
-from dgavg.seeding import seed_everything
+from dgavg.seeding import random_state, seed_everything, set_random_state
 from dgavg.trainer import Scores
 
 # What a record names beside the chain: all that its numbers come from.
-SETTINGS = ("trainer", "data", "model", "optimizer", "protocol", "stopping", "precision", "device")
+SETTINGS = (
+    "trainer",
+    "data",
+    "model",
+    "optimizer",
+    "protocol",
+    "stopping",
+    "precision",
+    "device",
+    "init_seed",
+)
 
 Watch = Callable[[Run], None]
 THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OMP_NUM_THREADS
@@ -58,13 +68,13 @@ def run_fold(
     """
     folder = experiment.run_folder(held_out, seed)
     settings = {**experiment.identity, "held_out": held_out, "seed": seed}
-    _check_same(folder, settings)
+    check_same(folder, settings)
     if not (folder / "done").exists():
         threads = torch.get_num_threads()
         try:
             fold = _Fold(experiment, held_out, seed, folder, settings)
-            with _locked(folder):
-                _check_same(folder, settings)  # again: nobody else can write it now
+            with locked(folder):
+                check_same(folder, settings)  # again: nobody else can write it now
                 if not (folder / "config.yaml").exists():
                     write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
                 fold.train(watch)
@@ -74,7 +84,7 @@ def run_fold(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it."""
     make_folder(folder)
     lock = FileLock(folder / ".lock")
@@ -88,25 +98,32 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise `UserError` where the folder's `config.yaml` says other settings, or nothing."""
-    path = folder / "config.yaml"
-    if not path.exists():
+    if not (folder / "config.yaml").exists():
         return
-    try:
-        theirs = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, YAMLError):
-        theirs = None
-    require(
-        isinstance(theirs, dict) and "trainer" in theirs,
-        f"{path} is damaged or not of dgavg; delete {folder} to train that run anew",
-    )
-    found = list(differences(settings, theirs))
+    found = list(differences(settings, read_config(folder)))
     require(
         not found,
         f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
         "name=..., or delete that folder",
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of a run.
+
+    Raises `UserError` where it is damaged.
+    """
+    path = folder / "config.yaml"
+    found: Any = None
+    with suppress(OSError, ValueError, YAMLError):
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(found, dict) or "trainer" not in found:
+        raise UserError(
+            f"{path} is damaged or not of dgavg; delete {folder} to train that run anew"
+        )
+    return found
 
 
 @dataclass
@@ -123,10 +140,48 @@ class _Clock:
         return self.spent + time.perf_counter() - self.start
 
 
-def _threads_for(model: nn.Module) -> int:
+def threads_for(model: nn.Module) -> int:
     """Threads for a model on a CPU: small matrix products lose more to threads than they gain."""
     convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
     return THREADS if convolutional else 1
+
+
+def _initial_model(experiment: Experiment) -> nn.Module:
+    """A model with the weights of `init_seed`, if any; all later draws are the run's own."""
+    shape, classes = experiment.dataset.input_shape, len(experiment.dataset.classes)
+    if experiment.init_seed is None:
+        return experiment.model(shape, classes)
+    before = random_state(experiment.device)
+    seed_everything(experiment.init_seed)
+    model = experiment.model(shape, classes)
+    set_random_state(before, experiment.device)
+    return model
+
+
+def splits_to_score(
+    dataset: DomainDataset,
+    splits: Splits,
+    held_out: int,
+    protocol: Mapping[str, Any],
+    device: torch.device,
+    *,
+    every: bool = False,
+) -> dict[str, Split]:
+    """What is scored: what the selection rule and the table read, or everything."""
+    found = {}
+    for i, domain in enumerate(dataset.domains):
+        parts = {"in": splits.in_[i], "out": splits.out[i]}
+        if not every and i != held_out:
+            del parts["in"]
+        if not every and i == held_out:
+            needs_out = protocol["test_split"] == "all" or protocol["selection"] == "oracle"
+            parts = parts if needs_out else {"in": parts["in"]}
+        for part, keys in parts.items():
+            rows = torch.from_numpy(keys)
+            found[f"{domain.name}/{part}"] = Split(
+                domain.images[rows].to(device), domain.labels[rows].to(device)
+            )
+    return found
 
 
 class _Fold:
@@ -157,8 +212,8 @@ class _Fold:
             device=experiment.device,
             augment=protocol["augment"],
         )
-        model: nn.Module = experiment.model(dataset.input_shape, len(dataset.classes))
-        torch.set_num_threads(experiment.threads or _threads_for(model))
+        model = _initial_model(experiment)
+        torch.set_num_threads(experiment.threads or threads_for(model))
         model.to(experiment.device)
         model.train()
         self.run = Run(
@@ -176,10 +231,18 @@ class _Fold:
         )
         self.scorer = Scorer(
             model,
-            self._splits(splits, index),
+            splits_to_score(
+                dataset,
+                splits,
+                index,
+                protocol,
+                self.run.device,
+                every=experiment.evaluate_all,
+            ),
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
             forward=lambda twin, images: self.run.forward(images, twin)[1],
+            held_out=frozenset((f"{held_out}/in", f"{held_out}/out")),
         )
         self.clock = _Clock()
         self.events: EventFiles | None = None
@@ -232,24 +295,6 @@ class _Fold:
         }
         save_checkpoint(self.folder / "checkpoint.pt", content)
 
-    def _splits(self, splits: Splits, index: int) -> dict[str, Split]:
-        """What is scored: what the selection rule and the table read, or everything."""
-        protocol, every = self.experiment.protocol, self.experiment.evaluate_all
-        found = {}
-        for i, domain in enumerate(self.experiment.dataset.domains):
-            parts = {"in": splits.in_[i], "out": splits.out[i]}
-            if not every and i != index:
-                del parts["in"]
-            if not every and i == index:
-                needs_out = protocol["test_split"] == "all" or protocol["selection"] == "oracle"
-                parts = parts if needs_out else {"in": parts["in"]}
-            for part, keys in parts.items():
-                rows = torch.from_numpy(keys)
-                found[f"{domain.name}/{part}"] = Split(
-                    domain.images[rows].to(self.run.device), domain.labels[rows].to(self.run.device)
-                )
-        return found
-
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
         candidates = run.candidates()
@@ -261,7 +306,7 @@ class _Fold:
             "held_out": self.held_out,
             "seed": self.seed,
             "chain": self.experiment.spec,
-            **{key: self.settings[key] for key in SETTINGS},
+            **{key: self.settings[key] for key in SETTINGS if key in self.settings},
             "lr": run.optimizer.param_groups[0]["lr"],
             "losses": run.losses.read(),
             "candidates": {
@@ -270,12 +315,13 @@ class _Fold:
                     "splits": {split: asdict(score) for split, score in found.items()},
                 }
                 for name, found in scores.items()
+                if not candidates[name].probe
             },
             "timing": {"seconds": self.clock.read()},
         }
         validation = {name: self._validation(found) for name, found in scores.items()}
         self._check_finite(validation["live"]["loss"])
-        self._write(record)
+        self._write(record, {k for k, c in candidates.items() if not c.members})
         return validation
 
     def _check_finite(self, loss: float) -> None:
@@ -286,13 +332,14 @@ class _Fold:
                 "try a lower optimizer.lr or a smaller weight"
             )
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], with_weights: set[str]) -> None:
         line = record_line(record)
         self.lines.append(line)
         self.records.append(json.loads(line))
         rule = self.experiment.protocol["selection"]
         for name in record["candidates"]:
-            if selected_step(self.records, name, rule) == len(self.records) - 1:
+            last = selected_step(self.records, name, rule) == len(self.records) - 1
+            if last and name in with_weights:  # averaged predictions are no single weights
                 notes = {"chain": record["chain"], "candidate": name, "step": str(record["step"])}
                 path = self.folder / "weights" / f"{name}.safetensors"
                 save_weights(path, self.scorer.weights(name), notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device")
+PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", "init_seed")
 
 
 def labels(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from dgavg.evaluation.selection import RULES, selected_step, validation_score
 if TYPE_CHECKING:
     import pandas as pd
 
-
+POOLED = -1  # the seed of a record that is of the runs of all seeds
 Runs = dict[str, list[list[dict[str, Any]]]]  # by name: the records of each fold and seed
+Rows = dict[tuple[str, str], dict[tuple[str, int], float]]
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,13 @@ class Table:
             for result in _results(name, records, self.rule)
         ]
         held_out = {r.held_out for r in self.results}
-        splits = first["candidates"]["live"]["splits"]  # in the order of the data set
-        domains = dict.fromkeys(split.rpartition("/")[0] for split in splits)
-        self.held_out = [d for d in domains if d in held_out]
-        self.seeds = sorted({r.seed for r in self.results})
+        self.held_out = [d for d in _domains(record for _, record in heads) if d in held_out]
+        self.seeds = sorted({r.seed for r in self.results} - {POOLED})
+        self.members = {
+            (name, record["held_out"], record["seed"]): record["members"]
+            for name, record in heads
+            if "members" in record
+        }
 
     def to_frame(self) -> pd.DataFrame:
         """One row for every candidate of every run: its selected step and what it reached there."""
@@ -107,9 +112,9 @@ class Table:
 
         return pd.DataFrame([vars(r) for r in self.results])
 
-    def rows(self) -> dict[tuple[str, str], dict[tuple[str, int], float]]:
+    def rows(self) -> Rows:
         """Accuracy by (run, candidate), then by (held-out domain, seed)."""
-        rows: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+        rows: Rows = {}
         for r in self.results:
             rows.setdefault((r.run, r.candidate), {})[r.held_out, r.seed] = r.accuracy
         return rows
@@ -119,25 +124,48 @@ class Table:
         lines = [["chain", "candidate", *self.held_out, "mean", "against live"]]
         for (run, candidate), cells in rows.items():
             label = self.labels[run]
-            by_domain = [
-                [cells[d, s] for s in self.seeds if (d, s) in cells] for d in self.held_out
-            ]
-            shown = [self._cell(values) for values in by_domain]
-            whole = len(cells) == len(self.held_out) * len(self.seeds)
+            seeds = [POOLED] if any(s == POOLED for _, s in cells) else self.seeds
+            by_domain = [[cells[d, s] for s in seeds if (d, s) in cells] for d in self.held_out]
+            shown = [_cell(values, len(seeds)) for values in by_domain]
+            whole = len(cells) == len(self.held_out) * len(seeds)
             means = [sum(v) / len(v) for v in zip(*by_domain, strict=True)] if whole else []
-            live = rows.get((run, "live"), {})
-            gain = _gain(cells, live) if whole and candidate != "live" else ""
+            gain = self._gain(rows, run, candidate) if whole else ""
             lines.append(
-                ["" if run == previous else label, candidate, *shown, self._cell(means), gain]
+                [
+                    "" if run == previous else label,
+                    candidate,
+                    *shown,
+                    _cell(means, len(seeds)),
+                    gain,
+                ]
             )
             previous = run
         text = [self._title(), "", *_aligned(lines)]
         if any("X" in line[2:] for line in lines[1:]):
-            text += ["", f"X: not there for each of the seeds {', '.join(map(str, self.seeds))}"]
+            each = f" for each of the seeds {', '.join(map(str, self.seeds))}" if self.seeds else ""
+            text += ["", f"X: not there{each}"]
         return "\n".join(text)
 
+    def _gain(self, rows: Rows, run: str, candidate: str) -> str:
+        """What a row has over the live weights of its run, or a soup over the mean of its runs."""
+        cells = rows[run, candidate]
+        if not any((run, *key) in self.members for key in cells):
+            return _difference(cells, rows.get((run, "live"), {})) if candidate != "live" else ""
+        means = {}
+        for held_out, seed in cells:
+            found = [
+                rows.get((m["run"], m["candidate"]), {}).get((held_out, m["seed"]))
+                for m in self.members[run, held_out, seed]
+            ]
+            there = [accuracy for accuracy in found if accuracy is not None]
+            if len(there) == len(found):
+                means[held_out, seed] = sum(there) / len(there)
+        difference = _difference(cells, means)
+        return f"{difference} against its runs" if difference else ""
+
     def _title(self) -> str:
-        seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) > 1)
+        n = len(self.seeds)
+        seeds = f"{n} seed" + "s" * (n > 1) if n else "the runs of all seeds together"
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
         name = self.data.get("title", self.data["name"])
         return (
@@ -147,17 +175,18 @@ class Table:
             f"checkpoint: {RULES[self.rule]}"
         )
 
-    def _cell(self, values: Sequence[float]) -> str:
-        """One cell; X where a seed is missing, since a mean over the others would mislead."""
-        if not values or (len(values) != len(self.seeds)):
-            return "X"
-        mean, error = mean_and_error(values)
-        return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+
+def _cell(values: Sequence[float], seeds: int) -> str:
+    """One cell; X where a seed is missing, since a mean over the others would mislead."""
+    if not values or len(values) != seeds:
+        return "X"
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
 
 
-def _gain(cells: Mapping[Any, float], live: Mapping[Any, float]) -> str:
-    """The paired difference to the live weights of the same runs, and how many runs gained."""
-    pairs = [cells[key] - live[key] for key in cells if key in live]
+def _difference(cells: Mapping[Any, float], others: Mapping[Any, float]) -> str:
+    """The mean difference over pairs of runs, and how many of them gained."""
+    pairs = [cells[key] - others[key] for key in cells if key in others]
     if not pairs:
         return ""
     mean, error = mean_and_error(pairs)
@@ -169,7 +198,8 @@ def _gain(cells: Mapping[Any, float], live: Mapping[Any, float]) -> str:
 
 def _results(run: str, records: Sequence[Mapping[str, Any]], rule: str) -> Iterable[Result]:
     for candidate in records[-1]["candidates"]:  # the last has them all, in the chain's order
-        index = selected_step(records, candidate, rule)
+        # of one record, as a soup has, there is nothing to select
+        index = selected_step(records, candidate, rule if len(records) > 1 else "last")
         if index is None:
             continue
         record = records[index]
@@ -187,6 +217,13 @@ def _results(run: str, records: Sequence[Mapping[str, Any]], rule: str) -> Itera
             validation=validation_score(found["splits"], record["held_out"]),
             batchnorm=found["batchnorm"],
         )
+
+
+def _domains(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The domains in the order of the data set; some records have the held-out one alone."""
+    candidates = (next(iter(record["candidates"].values())) for record in records)
+    each = [[split.rpartition("/")[0] for split in c["splits"]] for c in candidates]
+    return list(dict.fromkeys(chain(*sorted(each, key=len, reverse=True))))
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -212,12 +249,12 @@ def tables(runs: Runs, rule: str | None = None) -> list[Table]:
     return [Table(group, rule) for group in groups.values()]
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
-    """The records of every finished run below `folders`, and how many have not ended.
+def finished_runs(folders: Sequence[Path]) -> tuple[dict[Path, str], int]:
+    """The folder of every finished run below `folders` with its name, and how many have not ended.
 
-    Raises `UserError` for a folder that is missing or holds no finished run, and damaged records.
+    Raises `UserError` for a folder that is missing or holds no finished run.
     """
-    found: dict[Path, list[list[dict[str, Any]]]] = {}
+    found: list[Path] = []
     seen: set[Path] = set()
     unfinished = 0
     for folder in folders:
@@ -226,14 +263,26 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
         ended = {run for run in each if (run / "done").exists()}
         require(bool(ended), f"no finished run in {folder}")
         unfinished += len(each - ended - seen)
-        for run in sorted(ended - seen):
-            found.setdefault(run.parent.parent, []).append(read_records(run / "records.jsonl"))
+        found += sorted(ended - seen)
         seen |= each
-    names = [path.name for path in found]
+    names = [path.name for path in dict.fromkeys(run.parent.parent for run in found)]
     return {
-        path.name if names.count(path.name) == 1 else str(path): group
-        for path, group in found.items()
+        run: group.name if names.count(group.name) == 1 else str(group)
+        for run in found
+        for group in [run.parent.parent]
     }, unfinished
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
+    """The records of every finished run below `folders`, and how many have not ended.
+
+    Raises `UserError` as `finished_runs` does, and for damaged records.
+    """
+    found, unfinished = finished_runs(folders)
+    runs: Runs = {}
+    for folder, name in found.items():
+        runs.setdefault(name, []).append(read_records(folder / "records.jsonl"))
+    return runs, unfinished
 
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class Settings:
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
     holdout: Any = REQUIRED
     seeds: Any = REQUIRED
+    init_seed: int | None = REQUIRED
     device: str = REQUIRED
     precision: str = REQUIRED
     threads: int | None = REQUIRED

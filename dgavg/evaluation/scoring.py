@@ -62,6 +62,7 @@ class Scorer:
     ) -> None:
         self.model, self.splits, self.pooled = model, splits, pooled
         self.batch_size, self.forward, self.held_out = batch_size, forward, held_out
+        self._pool: list[nn.Module] = []  # twins made so far, to be lent again
         self._twins: dict[str, list[nn.Module]] = {}
 
     @torch.no_grad()
@@ -70,9 +71,11 @@ class Scorer:
 
         Raises `UserError` for an unknown batch-norm policy.
         """
+        places = itertools.count()
         self._twins = twins = {
             name: [
-                self._twin(name, candidate, w) for w in candidate.members or (candidate.weights,)
+                self._twin(next(places), name, candidate.batchnorm, weights)
+                for weights in candidate.members or (candidate.weights,)
             ]
             for name, candidate in candidates.items()
         }
@@ -94,14 +97,18 @@ class Scorer:
         self, twins: Mapping[str, list[nn.Module]], probes: set[str]
     ) -> dict[str, dict[str, SplitScore]]:
         sums: dict[tuple[str, str], Tensor] = {}
-        for split, images, labels in self._batches():
+        for rows, images, labels in self._batches():
+            sizes = list(rows.values())
             for name, members in twins.items():
-                if name in probes and split in self.held_out:
+                if name in probes and not self.held_out.isdisjoint(rows):
                     continue
                 logits = self._prediction(members, images)
-                right = (logits.argmax(dim=1) == labels).sum()
-                found = torch.stack([right, F.cross_entropy(logits, labels, reduction="sum")])
-                sums[name, split] = sums[name, split] + found if (name, split) in sums else found
+                right = (logits.argmax(dim=1) == labels).to(logits.dtype)
+                each = torch.stack([right, F.cross_entropy(logits, labels, reduction="none")])
+                for split, part in zip(rows, torch.split(each, sizes, dim=1), strict=True):
+                    found = part.sum(dim=1)
+                    key = name, split
+                    sums[key] = sums[key] + found if key in sums else found
         values = torch.stack(list(sums.values())).tolist()  # the one host sync
         scores: dict[str, dict[str, SplitScore]] = {name: {} for name in twins}
         for (name, split), (right, loss) in zip(sums, values, strict=True):
@@ -116,24 +123,42 @@ class Scorer:
         found = torch.stack([self.forward(m, images).log_softmax(dim=1) for m in members])
         return found.logsumexp(dim=0) - math.log(len(members))
 
-    def _batches(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for name, split in self.splits.items():
-            parts = (torch.split(t, self.batch_size) for t in (split.images, split.labels))
-            for images, labels in zip(*parts, strict=True):
-                yield name, images.float().div_(255), labels
+    def _batches(self) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
+        """Full batches, over the borders of splits: how many rows of which, images, labels.
 
-    def _twin(self, name: str, candidate: Candidate, tensors: Weights) -> nn.Module:
+        The held-out domain has batches of its own.
+        """
+        for held_out in (False, True):
+            left = self.batch_size
+            batch: list[tuple[str, Tensor, Tensor]] = []
+            for name, split in self.splits.items():
+                start = 0 if (name in self.held_out) == held_out else len(split.labels)
+                while start < len(split.labels):
+                    rows = slice(start, start + left)
+                    batch.append((name, split.images[rows], split.labels[rows]))
+                    taken = len(batch[-1][2])
+                    start, left = start + taken, left - taken
+                    if left == 0:
+                        yield _joined(batch)
+                        batch, left = [], self.batch_size
+            if batch:
+                yield _joined(batch)
+
+    def _twin(self, place: int, name: str, policy: str, tensors: Weights) -> nn.Module:
         """A module of the model's structure with the given tensors; nothing is copied but the
-        batch-norm statistics that are to be recalibrated."""
+        statistics that are to be recalibrated."""
         require(
-            candidate.batchnorm in POLICIES,
-            f"candidate {name!r}: batch-norm policy {candidate.batchnorm!r}; choose one of "
+            policy in POLICIES,
+            f"candidate {name!r}: batch-norm policy {policy!r}; choose one of "
             + ", ".join(POLICIES),
         )
-        held = (vars(m).values() for m in self.model.modules())  # such as a last activation
-        parts = (*self.model.parameters(), *self.model.buffers(), *itertools.chain(*held))
-        shared = {id(t): t for t in parts if isinstance(t, Tensor)}
-        twin = copy.deepcopy(self.model, memo=shared)
+        if place == len(self._pool):
+            self._pool.append(_copy_of(self.model))
+        twin = self._pool[place]
+        for mine, theirs in zip(twin.modules(), self.model.modules(), strict=True):
+            mine.training = theirs.training
+            for key in theirs._non_persistent_buffers_set:
+                mine._buffers[key] = theirs._buffers[key]
         live = self.model.state_dict()
         names = {plain_name(k): k for k in live}
         weights = {names.get(k, k): v for k, v in named_tensors(tensors).items()}
@@ -143,9 +168,9 @@ class Scorer:
             if isinstance(m, _NormBase)
             for b, _ in m.named_buffers(recurse=False)
         ]
-        if candidate.batchnorm == "keep":
+        if policy == "keep":
             weights |= {k: live[k] for k in statistics}
-        elif candidate.batchnorm == "recalibrate":
+        elif policy == "recalibrate":
             weights |= {k: weights[k].clone() for k in statistics}
         twin.load_state_dict(weights, assign=True)
         return twin
@@ -160,3 +185,19 @@ class Scorer:
             for images in self.pooled():
                 for twin in twins:
                     self.forward(twin, images)
+
+
+def _joined(
+    batch: list[tuple[str, Tensor, Tensor]],
+) -> tuple[dict[str, int], Tensor, Tensor]:
+    sizes = {name: len(labels) for name, _, labels in batch}
+    images, labels = (torch.cat(parts) for parts in list(zip(*batch, strict=True))[1:])
+    return sizes, images.float().div_(255), labels
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A model of the same structure that shares every tensor."""
+    held = (vars(m).values() for m in model.modules())  # such as a last activation
+    parts = (*model.parameters(), *model.buffers(), *itertools.chain(*held))
+    shared = {id(t): t for t in parts if isinstance(t, Tensor)}
+    return copy.deepcopy(model, memo=shared)

@@ -6,10 +6,32 @@ from dgavg.trainers.gradient.sam import SAM
 from dgavg.trainers.loss.coral import CORAL
 from dgavg.trainers.loss.irm import IRM
 from dgavg.trainers.loss.vrex import VREx
+from dgavg.trainers.weights.aswa import ASWA
 from dgavg.trainers.weights.ema import EMA
+from dgavg.trainers.weights.lawa import LAWA
 from dgavg.trainers.weights.ma import MA
 from dgavg.trainers.weights.posthocema import PostHocEMA
 from dgavg.trainers.weights.sma import SMA
 from dgavg.trainers.weights.swa import SWA
+from dgavg.trainers.weights.swad import SWAD
+from dgavg.trainers.weights.swag import SWAG
+from dgavg.trainers.weights.twa import TWA
 
-__all__ = ["CORAL", "EMA", "IRM", "MA", "SAM", "SMA", "SWA", "Basic", "Mixup", "PostHocEMA", "VREx"]
+__all__ = [
+    "ASWA",
+    "CORAL",
+    "EMA",
+    "IRM",
+    "LAWA",
+    "MA",
+    "SAM",
+    "SMA",
+    "SWA",
+    "SWAD",
+    "SWAG",
+    "TWA",
+    "Basic",
+    "Mixup",
+    "PostHocEMA",
+    "VREx",
+]

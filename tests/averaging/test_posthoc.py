@@ -186,3 +186,25 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_before_the_first_update_there_is_nothing_to_give():
     with pytest.raises(ValueError, match="no weights have been averaged yet"):
         PostHocMean({"w": torch.zeros(1)}).weights(0.1)
+
+
+def test_snapshots_outlive_a_change_of_the_order_in_memory():
+    model = nn.Conv2d(2, 3, 2)
+    post, kept = PostHocMean(model, snapshot_every=2), PowerMean(model, length=0.1)
+    values = torch.randn(5, *model.weight.shape, generator=torch.Generator().manual_seed(0))
+    for i, value in enumerate(values):
+        if i == 3:
+            model.to(memory_format=torch.channels_last)
+        model.weight.data.copy_(value)
+        post.update(model)
+        kept.update(model)
+    torch.testing.assert_close(post.weights(0.1)["weight"], kept.weights()["weight"])
+    assert len(post.snapshots) == 4
+    exact = post.coefficients(0.1, at=2)
+    assert max(exact) == pytest.approx(1, abs=1e-6)
+    fresh = PowerMean(model, length=0.1)
+    for value in values[:2]:
+        model.weight.data.copy_(value)
+        fresh.update(model)
+    found = post.weights(0.1, at=2)["weight"]
+    torch.testing.assert_close(found, fresh.weights()["weight"], rtol=1e-4, atol=1e-4)

@@ -79,3 +79,26 @@ def test_instance_norm_with_statistics_is_recalibrated_on_the_twin_alone(splits)
     means = torch.cat(POOL).mean(dim=(0, 2, 3))
     torch.testing.assert_close(scorer.weights("x")["featurizer.0.running_mean"], means)
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30, 31, 64])
+def test_batches_over_the_borders_of_splits_change_no_score(splits, batch_size):
+    live, held_out = model_of(0), frozenset(["a/out"])
+    candidates = {"live": Candidate(live.state_dict())}
+    whole = Scorer(live, splits, lambda: POOL).score(candidates)["live"]
+    found = Scorer(live, splits, lambda: POOL, batch_size=batch_size, held_out=held_out)
+    for name, score in found.score(candidates)["live"].items():
+        assert (score.accuracy, score.n) == (whole[name].accuracy, whole[name].n)
+        assert score.loss == pytest.approx(whole[name].loss, rel=1e-5)
+
+
+def test_a_second_scoring_borrows_other_weights_and_keeps_the_modes(splits):
+    live = model_of(0)
+    scorer = Scorer(live, splits, lambda: POOL)
+    first = scorer.score({"x": Candidate(model_of(1).state_dict(), "recalibrate")})["x"]
+    second = scorer.score({"y": Candidate(model_of(2).state_dict(), "recalibrate")})["y"]
+    again = scorer.score({"x": Candidate(model_of(1).state_dict(), "recalibrate")})["x"]
+    assert first == again != second
+    live.featurizer[2].eval()  # frozen from here on
+    frozen = scorer.score({"x": Candidate(model_of(1).state_dict(), "recalibrate")})["x"]
+    assert frozen != first

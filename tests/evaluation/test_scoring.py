@@ -162,7 +162,7 @@ def test_all_candidates_are_scored_in_one_pass_over_the_images(model, splits, po
     assert (pool.passes, pool.read) == (1, len(pool.batches))
     recalibrated, rest = seen[: 2 * pool.read], seen[2 * pool.read :]
     assert all(a is b for a, b in zip(recalibrated[::2], recalibrated[1::2], strict=True))
-    batches = sum(-(-len(s.labels) // BATCH) for s in splits.values())
+    batches = -(-sum(len(s.labels) for s in splits.values()) // BATCH)  # over splits' borders
     assert len(rest) == batches * len(candidates)
     assert len({id(x) for x in rest}) == batches
 
