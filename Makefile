@@ -18,6 +18,8 @@ slow: .venv/test
 
 bench: .venv/test
 	$(BIN)/python tests/benchmarks/chain_overhead.py
+	$(BIN)/python tests/benchmarks/averages.py
+	$(BIN)/python tests/benchmarks/subspace.py
 
 .venv/run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,7 +27,7 @@ bench: .venv/test
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,peers]"
 	touch $@
 
 clean:
