@@ -84,11 +84,17 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def settings_of(head: Trainer) -> dict[str, dict[str, Any]]:
-    """The settings of every link by name, outermost first; functions by their qualified name."""
-    return {
-        link.name: {k: function_name(v) if callable(v) else v for k, v in link.settings().items()}
-        for link in head
-    }
+    """The settings of every link by name, outermost first, as JSON would hold them.
+
+    Functions by their qualified name, tuples as lists.
+    """
+
+    def plain(value: Any) -> Any:
+        if callable(value):
+            return function_name(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {link.name: {k: plain(v) for k, v in link.settings().items()} for link in head}
 
 
 def renew(head: Trainer) -> Trainer:

@@ -7,7 +7,10 @@ import torch
 
 from dgavg import UserError, cli
 
-TRAINERS = "basic, coral, ema, irm, ma, mixup, sam, sma, swa, vrex"
+TRAINERS = (
+    "aswa, basic, coral, ema, irm, lawa, ma, mixup, posthocema, sam, sma, swa, swad, swag, twa, "
+    "vrex"
+)
 SETTINGS = (
     "trainer, data, model, optimizer, protocol, stopping, holdout, seeds, init_seed, device, "
     "precision, threads, evaluate, eval_batch_size, logger, runs, name"
@@ -27,7 +30,7 @@ NAMES = {
     "sedes=[1]": f"no setting 'sedes'; did you mean 'seeds'? Known: {SETTINGS}",
     "+sedes=[1]": f"no setting 'sedes'; did you mean 'seeds'? Known: {SETTINGS}",
     "trainer.ema.decy=0.5": "no setting 'decy' in trainer.ema; did you mean 'decay'? Known: "
-    "decay, start, every, batchnorm",
+    "decay, half_life, warmup, gamma, power, min_decay, start, every, batchnorm",
     "trainer.irm.weight=1": "no trainer 'irm' in the chain 'ema_basic'; Known: ema, basic",
     "protocol.stpes=3": "no setting 'stpes' in protocol; did you mean 'steps'? Known: name, steps, "
     "batch_size, eval_every, holdout_fraction, test_split, selection, augment",

@@ -26,7 +26,8 @@ def commands() -> list[list[str]]:
     """The arguments of every `dgavg` command in a block that trains something."""
     lines = re.findall(r"^(?:\$ )?dgavg(.*)$", README, re.MULTILINE)
     words = [shlex.split(line, comments=True) for line in lines if not line.startswith(":")]
-    return [w for w in words if not w or w[0] not in ("list", "report", "soup", "ensemble", "--cfg")]
+    others = ("list", "report", "soup", "ensemble", "--cfg")
+    return [w for w in words if not w or w[0] not in others]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

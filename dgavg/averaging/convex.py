@@ -39,7 +39,7 @@ class ConvexMean(WeightAverage):
             raise ValueError(f"rate={rate}: a number from 0 to 1")
         check_same(self.tracked.like, other.tracked.like)
         if self.tracked.averaged != other.tracked.averaged:
-            raise ValueError("one average copies what the other averages: give both the same buffers")
+            raise ValueError("one copies what the other averages: give both the same buffers")
         pairs = Pairs(self._mean, other._means())
         if self.count:
             pairs.lerp(rate)

@@ -44,10 +44,12 @@ class WeightSubspace(WeightAverage):
 
     Coefficients stand in the order of the samples, oldest first, and are 1/K after each update.
     Averaged buffers have the mean of the samples whatever the coefficients: these may be negative,
-    a variance may not. Other options: see `WeightAverage`.
+    a variance may not. One sample that is not finite spoils the others. Other options: see
+    `WeightAverage`.
 
     Memory: k models in at least float32; 4 MiB for the basis, a few numbers for steps and for
-    `copy_to`; 1 model for `weights()`. Time: the basis is one pass over the samples, so are
+    `copy_to` (the largest parameter where its memory is laid out otherwise than at first); 1 model
+    for `weights()`. Time: the basis is one pass over the samples, so are
     `project` and `copy_to`; an update is one over a model, and every k − 1 updates one over all.
 
     Raises `ValueError` for a `k` below 1.
@@ -243,6 +245,6 @@ def _whitening(gram: Tensor, centred: bool) -> Tensor:
         gram = gram - gram.mean(dim=0)
         gram = gram - gram.mean(dim=1, keepdim=True)
     values, vectors = torch.linalg.eigh(gram)
-    kept = (values > 0) & (values > FLOOR * values[-1])
+    kept = values > FLOOR * values[-1]
     found: Tensor = (vectors[:, kept] / values[kept].sqrt()).flip(1)
     return found - found.mean(dim=0) if centred else found

@@ -130,7 +130,7 @@ class PaperRule(Rule):
             self.lowest, self.since, self.over = loss, 0, 0
             sums.copy("valley", live, 1)
             sums.drop("pending")
-        elif self.lowest < math.inf:
+        else:
             self.since += 1
             if self.over < self.n_tolerance:
                 self._extend(sums, loss)
@@ -255,8 +255,8 @@ class CodeRule(Rule):
             sums.counts["0"] += 1
             if newest == self.n_tolerance - 1:
                 sums.move("0", "valley")
-        elif self.first is not None and oldest < self.first:
-            sums.drop(str(oldest))
+        else:
+            sums.drop(str(oldest))  # one from before the valley, if it is
         if self.admitted < oldest:
             self.ended = True
             sums.keep("valley")

@@ -208,7 +208,7 @@ class _Kitchen:
         paths = [member.weights for member in group]
         if self.recipe.kind == "soup":
             try:
-                weights, notes = self._soup(bench, paths)
+                weights, notes, more = self._soup(bench, paths)
             except ValueError as error:
                 raise UserError(str(error)) from error
             scores, weights = bench.score(weights)
@@ -216,7 +216,7 @@ class _Kitchen:
             make_folder(folder / "weights")
             save_weights(folder / "weights" / "soup.safetensors", weights, text)
         else:
-            scores, notes = _ensemble(bench, paths)
+            scores, notes, more = *_ensemble(bench, paths), {}
         members = [
             {"run": member.run, "seed": member.seed, **member.described(), **extra}
             for member, extra in zip(group, notes, strict=True)
@@ -227,18 +227,21 @@ class _Kitchen:
             "chain": self.recipe.chain,
             **settings,
             "members": members,
+            **more,
             "candidates": {self.recipe.kind: {"batchnorm": policy, "splits": scores}},
             "timing": {"seconds": time.perf_counter() - began},
         }
         write_text(folder / "records.jsonl", record_line(record))
         write_text(folder / "done", "done")
 
-    def _soup(self, bench: Bench, paths: Sequence[Path]) -> tuple[Weights, list[dict[str, Any]]]:
-        """The soup, and what its record says of each run."""
+    def _soup(
+        self, bench: Bench, paths: Sequence[Path]
+    ) -> tuple[Weights, list[dict[str, Any]], dict[str, Any]]:
+        """The soup, what its record says of each run, and what of itself."""
         loaders = [partial(bench.load, path) for path in paths]
         n = len(paths)
         if self.recipe.rule == "uniform":
-            return uniform_soup(loaders), [{"share": 1 / n}] * n
+            return uniform_soup(loaders), [{"share": 1 / n}] * n, {}
         if self.recipe.rule == "learned":
             model, loss, batches = bench.learning(int(LEARNED["steps"]))
             learned = learned_soup(
@@ -246,13 +249,15 @@ class _Kitchen:
             )
             bench.model.train()
             assert isinstance(learned.coefficients, torch.Tensor)
-            return learned.weights, [{"share": c} for c in learned.coefficients.tolist()]
+            shares = [{"share": c} for c in learned.coefficients.tolist()]
+            return learned.weights, shares, {"temperature": learned.temperature}
         greedy = greedy_soup(loaders, bench.validation, ties=self.recipe.rule == "restricted")
         kept = {i: 1 / len(greedy.members) for i in greedy.members}
-        return greedy.weights, [
+        notes = [
             {"share": kept.get(i, 0.0), "validation": greedy.scores[i], "tried": greedy.tried[i]}
             for i in range(n)
         ]
+        return greedy.weights, notes, {}
 
 
 def _ensemble(bench: Bench, paths: Sequence[Path]) -> tuple[Scores, list[dict[str, Any]]]:

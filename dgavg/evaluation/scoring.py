@@ -110,10 +110,13 @@ class Scorer:
                     key = name, split
                     sums[key] = sums[key] + found if key in sums else found
         values = torch.stack(list(sums.values())).tolist()  # the one host sync
+        found_by = dict(zip(sums, values, strict=True))
         scores: dict[str, dict[str, SplitScore]] = {name: {} for name in twins}
-        for (name, split), (right, loss) in zip(sums, values, strict=True):
-            n = len(self.splits[split].labels)
-            scores[name][split] = SplitScore(right / n, loss / n, n)
+        for name, split in itertools.product(twins, self.splits):
+            if (name, split) in found_by:
+                n = len(self.splits[split].labels)
+                right, loss = found_by[name, split]
+                scores[name][split] = SplitScore(right / n, loss / n, n)
         return scores
 
     def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from trajectories import assert_same, small_net, snapshot, walk, wander
 
 from dgavg.averaging import ExponentialMean, RunningMean, flatten_parameters
 from dgavg.averaging.flat import as_one, groups, is_dense, runs, side_by_side
-from dgavg.averaging.pairs import CHUNK, PACK, SMALL, Pairs, room
+from dgavg.averaging.pairs import CHUNK, PACK, SMALL, Pairs, moved, room
 
 CPU = torch.device("cpu")
 
@@ -217,6 +217,48 @@ def test_pairs_of_targets_that_stand_anywhere():
     targets = [torch.zeros_like(t) for t in sources]
     Pairs(targets, sources).copy()
     assert all(t.equal(s) for t, s in zip(targets, sources, strict=True))
+
+
+def test_pairs_with_the_same_gaps_on_both_sides():
+    target, source = torch.zeros(6)[::2], torch.arange(6.0).double()[::2]
+    Pairs([target], [source]).lerp(0.5)
+    assert target.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("align", [1, 64])
+@pytest.mark.parametrize("where", ["anywhere", "side by side", "transposed", "in another order"])
+def test_pairs_of_neighbours_whose_targets_are_no_such_neighbours(where, align):
+    like = [torch.zeros(4, 16), torch.zeros(8, 8), torch.zeros(2, 64)]
+    sources = side_by_side(like, torch.float32, CPU, align)
+    for i, source in enumerate(sources):
+        source.copy_(torch.arange(1.0, source.numel() + 1).view_as(source) + 1000 * i)
+    if where == "anywhere":
+        targets = [torch.zeros_like(t) for t in like]
+    elif where == "side by side":
+        targets = side_by_side(like, torch.float32, CPU, align)
+    elif where == "transposed":
+        targets = side_by_side([t.t().contiguous().t() for t in like], torch.float32, CPU, align)
+    else:
+        targets = side_by_side(like[::-1], torch.float32, CPU, align)[::-1]
+    pairs = Pairs(targets, sources)
+    pairs.lerp(0.5)
+    assert all(t.equal(s / 2) for t, s in zip(targets, sources, strict=True))
+    pairs.copy()
+    assert all(t.equal(s) for t, s in zip(targets, sources, strict=True))
+
+
+def test_what_fits_stays_and_what_does_not_is_laid_out_anew():
+    like = [torch.randn(3, 4, 5, 6), torch.randn(3)]
+    floats, here = [torch.float32] * 2, [CPU] * 2
+    held = room(like, floats, here)
+    for tensor, other in zip(held, like, strict=True):
+        tensor.copy_(other)
+    assert moved(held, like, floats, here) is held
+    last = [like[0].to(memory_format=torch.channels_last), like[1]]
+    found = moved(held, last, floats, here)
+    assert found[0].stride() == last[0].stride() != held[0].stride()
+    assert all(t.equal(s) for t, s in zip(found, like, strict=True))
+    assert moved(held, like, [torch.float64] * 2, here)[0].dtype == torch.float64
 
 
 def test_integers_and_booleans_are_gathered_by_kind():

@@ -286,6 +286,7 @@ def test_it_holds_the_combination_its_gradient_and_one_model(dtype):
         ([{"v": torch.ones(1)}], square(0.0), [None], r"models\[0\] and model differ: .*missing"),
         ([one(0), {"w": torch.ones(2)}], square(0.0), [None], r"models\[1\] and models\[0\] diff"),
         ([one(0)], lambda m, b: m.w * torch.nan, [None], "the loss of batch 0 is nan"),
+        ([one(0)], lambda m, b: m.w / b, [1.0, 1.0, 0.0], "the loss of batch 2 is nan"),
         ([one(0)], lambda m, b: torch.ones(()), [None], "depends on the weights of the model"),
         ([one(0)], lambda m, b: m.w.expand(2), [None], "must be one number"),
         ([one(0)], lambda m, b: 1.0, [None], "must be one number"),

@@ -108,6 +108,15 @@ def test_directions_without_spread_are_dropped():
     assert subspace.basis().sum(dim=0).abs().max() < 1e-12
 
 
+def test_coefficients_sum_to_one_where_directions_differ_most_in_width():
+    model = nn.Linear(200, 100).double()
+    subspace = WeightSubspace(model, k=4)
+    for seed, spread in enumerate((1.0, 1.0, 3e-5, 3e-5)):
+        walk(model, subspace, 1, spread=spread, seed=seed)
+    assert subspace.basis().shape == (4, 3)
+    assert (subspace.basis().sum(dim=0) / subspace.basis().norm(dim=0)).abs().max() < 1e-14
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_equal_samples_have_no_directions_and_no_nan(centred):
     model = small()
@@ -161,6 +170,16 @@ def test_projecting_does_not_cancel_where_samples_hardly_differ():
     model.weight.grad = torch.randn_like(model.weight)
     exact = directions(subspace, samples) @ vector([model.weight.grad])
     torch.testing.assert_close(subspace.project(model), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_wrapped_model_go_by_its_own_names():
+    model = small()
+    subspace = WeightSubspace(model, k=3)
+    walk(model, subspace, 3)
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(9, 5)).square().sum().backward()
+    assert {k.partition(".")[0] for k, _ in compiled.named_parameters()} == {"_orig_mod"}
+    assert subspace.project(compiled).equal(subspace.project(model))
 
 
 def test_missing_gradients_count_as_zero():

@@ -152,7 +152,8 @@ def test_in_float32_it_is_the_same_to_rounding(centred):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
-def test_it_goes_on_from_its_state_to_the_bit():
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_it_goes_on_from_its_state_to_the_bit(steps_before):
     model = network()
     subspace = WeightSubspace(model, k=4)
     sampled(model, subspace)
@@ -160,8 +161,10 @@ def test_it_goes_on_from_its_state_to_the_bit():
     straight = SubspaceSGD(subspace, **options)
     trained(model, subspace, straight, range(7))
     other = WeightSubspace(network(), k=4)
-    other.load_state_dict(copy.deepcopy(subspace.state_dict()))
+    sampled(network(), other)
     resumed = SubspaceSGD(other, **options)
+    trained(network(), other, resumed, range(20, 20 + steps_before))
+    other.load_state_dict(copy.deepcopy(subspace.state_dict()))
     resumed.load_state_dict(straight.state_dict())
     whole = trained(model, subspace, straight, range(7, 12))
     assert trained(network(), other, resumed, range(7, 12)).equal(whole)

@@ -107,7 +107,7 @@ def test_after_every_evaluation_it_is_what_the_definition_says(rule, n_converge,
     random = np.random.default_rng(n_converge * 10 + n_tolerance)
     for _ in range(40):
         losses = curve(random)
-        ratio = random.choice([0.1, 0.2, 0.3, 1.0])
+        ratio = random.choice([0.0, 0.1, 0.2, 0.3, 1.0])
         settings = (n_converge, n_tolerance, ratio)
         segments = [random.normal(size=(random.integers(1, 5), 3)) for _ in losses]
         valley = fresh(
@@ -332,9 +332,9 @@ def test_restarted_it_is_as_new(rule, after):
     used.restart()
     with pytest.raises(ValueError, match="no weights have been averaged yet"):
         used.weights()
-    for valley in (used, new):
-        list(replay(valley, segments[12:], VALLEY[5:14]))
-    assert used.weights()["w"].equal(new.weights()["w"])
+    both = (replay(valley, segments[12:], VALLEY[5:14]) for valley in (used, new))
+    for _ in zip(*both, strict=True):
+        assert used.weights()["w"].equal(new.weights()["w"])
     assert used.rule.state_dict() == new.rule.state_dict()
     assert used.calls == new.calls
 
@@ -444,6 +444,12 @@ def test_start_and_interval_choose_the_weights():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         fresh(**settings)
+
+
+def test_a_loss_may_be_0():
+    found, valley = counted([1.0, 0.0, 0.0, 0.1], n_converge=2, n_tolerance=1)
+    assert found == {1: 1, 2: 1}
+    assert valley.ended
 
 
 def test_a_loss_below_0_is_refused():

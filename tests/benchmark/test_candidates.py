@@ -11,24 +11,28 @@ from dgavg.trainer import Candidate, state
 SEEN = []
 
 
-@trainer("prober")
-class Prober(Trainer):
-    """Offers a probe, and the predictions of two weights averaged."""
+@pytest.fixture(autouse=True)
+def _prober():
+    """Known while a test runs: others list all links when they are collected."""
 
-    live: dict = state(dict)
+    @trainer("prober")
+    class Prober(Trainer):
+        """Offers a probe, and the predictions of two weights averaged."""
 
-    def setup(self, run):
-        self.live = dict(run.live)
+        live: dict = state(dict)
 
-    def candidates(self):
-        worse = {k: 0 * v for k, v in self.live.items()}
-        return {
-            "nothing": Candidate(worse, "average", probe=True),
-            "pair": Candidate(self.live, "average", members=(self.live, worse)),
-        }
+        def setup(self, run):
+            self.live = dict(run.live)
 
-    def after_eval(self, run, scores):
-        SEEN.append({k: dict(v) for k, v in scores.items()})
+        def candidates(self):
+            worse = {k: 0 * v for k, v in self.live.items()}
+            return {
+                "nothing": Candidate(worse, "average", probe=True),
+                "pair": Candidate(self.live, "average", members=(self.live, worse)),
+            }
+
+        def after_eval(self, run, scores):
+            SEEN.append({k: dict(v) for k, v in scores.items()})
 
 
 def test_a_probe_is_scored_for_its_link_alone(train, only_run, records_of, weights_of):
@@ -58,5 +62,5 @@ def test_a_run_can_stop_by_a_candidate_that_is_not_named_as_its_link(train):
     settings = {"stopping__patience": 1, "optimizer__lr": 0.3, "steps": 200, "every": 4}
     table, _ = train("posthocema_basic", **settings, stopping__candidate="posthocema10")
     assert table.to_frame()["step"].max() < 200
-    with pytest.raises(UserError, match="no candidate 'posthocema30' in the chain.*posthocema20"):
+    with pytest.raises(UserError, match=r"no candidate .posthocema30. in the chain.*posthocema20"):
         train("posthocema_basic", stopping__candidate="posthocema30", folder="other")

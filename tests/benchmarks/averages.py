@@ -1,9 +1,10 @@
 """What one update of an average costs: dgavg, its peers, and the limits of the memory.
 
 One process, one thread, CPU time; the variants take turns in an order shuffled each round, and
-figures are medians over rounds, ratios medians of ratios within a round. `resnet50` has that
-model's tensors, where memory counts; in `tiny` each is cut to at most four numbers, so that only
-overhead counts. The limit adds one flat buffer of the parameters to another: read both, write one.
+figures are medians over rounds. `resnet50` has that model's tensors, where memory counts; in `tiny`
+each is cut to at most four numbers, so that only overhead counts. The limit adds one flat buffer of
+the parameters to another: read both, write one. Bare foreach is one lerp on lists of the parameters
+alone; the averages also copy 159 buffers.
 
     python tests/benchmarks/averages.py [--rounds 40] [--only WORD ...]
 """
@@ -118,7 +119,7 @@ def measure(work: Work, rounds: int, repeats: int) -> dict[str, list[float]]:
 
 def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
     """How often `name` fits into the time of `base`."""
-    return statistics.median(b / a for a, b in zip(times[name], times[base], strict=True))
+    return statistics.median(times[base]) / statistics.median(times[name])
 
 
 def report(model: str, times: Mapping[str, list[float]]) -> None:

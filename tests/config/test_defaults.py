@@ -62,6 +62,7 @@ def test_the_settings_of_a_link_are_those_of_its_class(name):
     composed = plain(compose([f"trainer={name}_basic"]))["trainer"][name]
     assert composed == settings_of(chain(f"{name}_basic"))[name]
     declared = {f.name: f.default for f in fields(find_trainer(name)) if f.init}
+    declared = {k: list(v) if isinstance(v, tuple) else v for k, v in declared.items()}
     declared.pop("inner")
     assert composed == declared
 

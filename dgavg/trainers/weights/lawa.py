@@ -19,17 +19,18 @@ class LAWA(Trainer):
     - `k` (6; usual 3 to 20): epoch ends that it remembers.
     - `start` (0): a share of the run, or from 1 on a step; epochs that end from there on count.
     - `every` (1): epochs between two that count.
-    - `batchnorm` (`recalibrate`): `keep`, `average` or `recalibrate`.
+    - `batchnorm` (`average`, since epoch ends so near each other have statistics alike): `keep`,
+      `average` or `recalibrate`.
 
-    Cost: `k` copies of the weights, copied once an epoch; a pass over the training images an
-    evaluation. Pays while weights still move on, where a mean from a fixed start on drags the first
-    ones along; at a plateau `swa` averages more for one copy.
+    Cost: `k` copies of the weights, copied once an epoch. Pays while weights still move on, where a
+    mean from a fixed start on drags the first ones along; at a plateau `swa` averages more for one
+    copy.
     """
 
     k: int = 6
     start: float = 0
     every: int = 1
-    batchnorm: str = "recalibrate"
+    batchnorm: str = "average"
     average: LatestMean = state()
 
     def validate(self) -> None:

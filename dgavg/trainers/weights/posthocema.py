@@ -21,17 +21,19 @@ class PostHocEMA(Trainer):
 
     - `offer` ([0.05, 0.1, 0.2]; up to 0.2887, the uniform mean): lengths to score.
     - `lengths` ([0.05, 0.1], the authors'): averages kept while training.
-    - `snapshots` (16): how often in the run they are stored; more fit other lengths better.
+    - `snapshots` (8): how often in the run they are stored; more fit other lengths better (along a
+      random walk 8 miss the average of length 0.2 by 3 % of its distance to the last weights, 16 by
+      0.6 %).
     - `start` (0), `every` (1): as those of `ema`.
     - `batchnorm` (`average`): `keep`, `average` or `recalibrate`.
 
     Cost: one pass over the weights a step for each of `lengths`; a copy of the weights in float32
-    for each of them and each snapshot of each, so 34 copies by default.
+    for each of them and each snapshot of each, so 18 copies by default.
     """
 
     offer: tuple[float, ...] = (0.05, 0.1, 0.2)
     lengths: tuple[float, ...] = (0.05, 0.1)
-    snapshots: int = 16
+    snapshots: int = 8
     start: float = 0
     every: int = 1
     batchnorm: str = "average"

@@ -46,7 +46,7 @@ def by_epoch(link: Shadow, run: Run, fewest: int = 1) -> dict[str, Any]:
     """
     first, length = run.step_of(link.start, f"trainer.{link.name}.start"), run.epoch_length
     before = max(-(-first // length) - 1, 0)
-    count = -(-(run.steps // length - before) // link.every)
+    count = epochs_that_count(link, run, before)
     require(
         count >= fewest,
         f"{link.name} averages at the ends of epochs, but {'none' if count < 1 else count} of "
@@ -54,6 +54,11 @@ def by_epoch(link: Shadow, run: Run, fewest: int = 1) -> dict[str, Any]:
         f"trainer.{link.name}.start, or use sma",
     )
     return {"start": before, "interval": link.every, **buffers_of(link, run)}
+
+
+def epochs_that_count(link: Shadow, run: Run, before: int) -> int:
+    """How many ends of epochs an average takes in that begins after the first `before`."""
+    return -(-(run.steps // run.epoch_length - before) // link.every)
 
 
 def buffers_of(link: Shadow, run: Run) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dgavg.averaging.gaussian import GaussianPosterior
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, state, trainer
-from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
+from dgavg.trainers.weights.shadow import by_epoch, check_shadow, epochs_that_count, offer
 
 
 @trainer("swag")
@@ -25,7 +25,8 @@ class SWAG(Trainer):
     - `start` (0.5; the paper 160 of 300 epochs): a share of the run, or from 1 on a step; epochs
       that end from there on count.
     - `every` (1): epochs between two that count.
-    - `rank` (20): deviations kept for the covariance between weights; 0 for variances alone.
+    - `rank` (20): deviations kept for the covariance between weights, as many as epochs count at
+      most; 0 for variances alone.
     - `scale` (1): of the covariance of the samples; 1 is the paper's, the authors' code calls it
       0.5.
     - `samples` (0; the paper 30): weights drawn for `swag_bma`.
@@ -58,7 +59,9 @@ class SWAG(Trainer):
 
     def setup(self, run: Run) -> None:
         """Make room for the moments."""
-        self.posterior = GaussianPosterior(run.live, rank=self.rank, **by_epoch(self, run))
+        options = by_epoch(self, run)
+        rank = min(self.rank, epochs_that_count(self, run, options["start"]))  # no empty ones
+        self.posterior = GaussianPosterior(run.live, rank=rank, **options)
 
     def after_epoch(self, run: Run) -> None:
         """Take in the weights."""

@@ -221,19 +221,22 @@ def one_fold(home):
     return " ".join(f"{home}/runs/{name}/0/0" for name in names(home))
 
 
-@pytest.mark.parametrize("policy", ["average", "recalibrate"])
-def test_a_learned_soup_has_the_weights_of_its_shares(policy, dgavg, home, tmp_path, one_fold):
-    _, error = dgavg(f"soup {one_fold} runs=soups --rule learned --batchnorm {policy}")
-    folder = only(tmp_path / "soups")
-    record = record_of(folder, "0", 0)
-    shares = [m["share"] for m in record["members"]]
-    assert sum(shares) == pytest.approx(1)
-    assert max(shares) - min(shares) > 0.05
-    weights = load_file(folder / "0/0/weights/soup.safetensors")
-    skip = () if policy == "average" else ("running_mean", "running_var")
-    assert_close(weights, mean_of(members(home, "0", 0), shares), skip=skip)
-    assert record["trainer"]["soup"]["steps"] == 100
-    assert "(3 runs, " in error
+def test_a_learned_soup_has_the_weights_of_its_shares(dgavg, home, tmp_path, one_fold):
+    found = {}
+    for policy in ("average", "recalibrate"):
+        words = f"--rule learned --batchnorm {policy} --name {policy}"
+        _, error = dgavg(f"soup {one_fold} runs=soups {words}")
+        record = record_of(tmp_path / "soups" / policy, "0", 0)
+        found[policy] = shares = [m["share"] for m in record["members"]]
+        assert sum(shares) == pytest.approx(1)
+        assert max(shares) - min(shares) > 0.05
+        weights = load_file(tmp_path / f"soups/{policy}/0/0/weights/soup.safetensors")
+        skip = () if policy == "average" else ("running_mean", "running_var")
+        assert_close(weights, mean_of(members(home, "0", 0), shares), skip=skip)
+        assert record["trainer"]["soup"]["steps"] == 100
+        assert abs(record["temperature"] - 1) > 0.1  # it was learned along
+        assert "(3 runs, " in error
+    assert found["average"] != found["recalibrate"]  # which is learned as it will be used
 
 
 def test_a_learned_soup_has_a_lower_validation_loss_than_the_mean(

@@ -128,8 +128,10 @@ def test_buffers_are_averaged_under_the_average_policy_and_else_the_newest(polic
         assert all(candidate.weights[k].equal(run.live[k]) for k in run.buffer_names)
 
 
-def test_the_default_policy_is_recalibration():
-    assert trained(SMALL, [1.0, 1.0])[0].candidates()["swad"].batchnorm == "recalibrate"
+def test_the_defaults_are_the_authors():
+    link = chain("swad_basic")
+    assert (link.n_converge, link.n_tolerance, link.tolerance_ratio) == (3, 6, 0.3)
+    assert (link.rule, link.batchnorm, link.stop) == ("paper", "recalibrate", False)
 
 
 @pytest.mark.parametrize("settings", [SMALL, {"rule": "code", "n_converge": 1, "n_tolerance": 3}])

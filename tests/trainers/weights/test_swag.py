@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_ends_of_epochs_from_start_on(settings, steps):
     run = run_of("swag_basic", {"swag": settings}, steps=26)
     found = iterates(run)
     snapshots, candidate = [found[t] for t in steps], run.candidates()["swag"]
-    posterior, rank = link_of(run).posterior, settings.get("rank", 20)
+    posterior, rank = link_of(run).posterior, settings.get("rank", len(steps))
     parameters = {k: v for k, v in candidate.weights.items() if k not in run.buffer_names}
     expected = mean_of(snapshots)
     assert_weights(parameters, {k: expected[k] for k in parameters}, rtol=1e-5, atol=1e-6)

@@ -107,6 +107,15 @@ def test_the_gradient_is_that_of_the_whole_chain():
     assert (vector(parameters_of(plain).values()) - mine).norm() > 0.1
 
 
+def test_links_outside_of_it_count_too():
+    settings, found = {"twa": ACTING, "sam": {"rho": 0.5}, "mixup": {"alpha": 1.0}}, []
+    for spec in ("twa_sam_mixup_basic", "sam_mixup_twa_basic"):
+        run = run_of(spec, settings)
+        fit(run)
+        found.append(run.candidates()["twa"].weights)
+    assert same(*found)
+
+
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [

@@ -82,7 +82,15 @@ def noisy_run(spec, settings, optimizer=sgd):
     return run_of(spec, settings, model=noisy_model(), optimizer=optimizer)
 
 
+class Zeroing(torch.optim.SGD):
+    """Fills gradients with zeros in place."""
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none=False)
+
+
 OPTIMIZERS = {
+    "zeroing": lambda p: Zeroing(p, lr=0.05),
     "sgd": sgd,
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -145,6 +153,15 @@ def test_an_exception_in_the_phase_leaves_the_run_alone_too(what):
         straight = noisy_run("twa_probing_basic", {"twa": ACTING})
         fit(straight)
         assert run.trainer.coefficients == straight.trainer.coefficients
+
+
+def test_the_phase_done_twice_is_the_same_phase():
+    """As after an exception in the phase of another link."""
+    run = noisy_run("twa_basic", {"twa": ACTING})
+    fit(run)
+    first = run.trainer.coefficients
+    run.tap("after_fit")
+    assert run.trainer.coefficients == first
 
 
 def saved(run):
