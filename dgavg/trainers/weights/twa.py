@@ -29,7 +29,7 @@ class TWA(Trainer):
     - `start` (0.5): a share of the run, or from 1 on a step; epochs that end from there on count.
     - `every` (1): epochs between two that count.
     - `samples` (10): how many of the last that count are kept.
-    - `steps` (0.1): of the phase, as a share of the run or from 1 on a number; they train on the
+    - `steps` (0.05): of the phase, as a share of the run or from 1 on a number; they train on the
       batches that the run would have come to next.
     - `learning_rate` (0.03), `momentum` (0.9), `weight_decay` (0): of SGD on the weights within the
       span.
@@ -50,7 +50,7 @@ class TWA(Trainer):
     start: float = 0.5
     every: int = 1
     samples: int = 10
-    steps: float = 0.1
+    steps: float = 0.05
     learning_rate: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 0.0

@@ -58,6 +58,7 @@ class Probing(Trainer):
         self.asked.append(run.t)
         if run.t == self.clears_at:
             run.reset_optimizer()
+            run.optimizer.state["new"] = {"moment": torch.ones(1)}
         if run.t == self.fails_at:
             run.model.eval()
             raise KeyboardInterrupt
