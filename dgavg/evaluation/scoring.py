@@ -98,15 +98,16 @@ class Scorer:
     ) -> dict[str, dict[str, SplitScore]]:
         sums: dict[tuple[str, str], Tensor] = {}
         for rows, images, labels in self._batches():
-            sizes = list(rows.values())
-            for name, members in twins.items():
-                if name in probes and not self.held_out.isdisjoint(rows):
-                    continue
-                logits = self._prediction(members, images)
-                right = (logits.argmax(dim=1) == labels).to(logits.dtype)
-                each = torch.stack([right, F.cross_entropy(logits, labels, reduction="none")])
-                for split, part in zip(rows, torch.split(each, sizes, dim=1), strict=True):
-                    found = part.sum(dim=1)
+            held_out = not self.held_out.isdisjoint(rows)
+            names = [name for name in twins if not (held_out and name in probes)]
+            logits = torch.stack([self._prediction(twins[name], images) for name in names])
+            right = (logits.argmax(dim=2) == labels).to(logits.dtype)
+            wanted = labels.expand(len(names), -1)
+            loss = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+            each = torch.stack([right, loss], dim=-1)  # (candidates, rows, 2)
+            parts = torch.split(each, list(rows.values()), dim=1)
+            for split, part in zip(rows, parts, strict=True):
+                for name, found in zip(names, part.sum(dim=1), strict=True):
                     key = name, split
                     sums[key] = sums[key] + found if key in sums else found
         values = torch.stack(list(sums.values())).tolist()  # the one host sync
