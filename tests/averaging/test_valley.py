@@ -83,9 +83,9 @@ def curve(random):
     return 1 + np.abs(i - low) / random.choice([3, 10, 20]) + noise
 
 
-def replay(valley, segments, losses):
+def replay(valley, segments, losses, live=None):
     """Feed the weights; yields the number of evaluations after each of them."""
-    live = {"w": torch.zeros(segments[0].shape[1], dtype=torch.float64)}
+    live = live or {"w": torch.zeros(segments[0].shape[1], dtype=torch.float64)}
     for i, (segment, loss) in enumerate(zip(segments, losses, strict=True)):
         for weights in segment:
             live["w"].copy_(torch.from_numpy(weights))
@@ -327,12 +327,13 @@ def test_a_copy_goes_its_own_way():
 def test_restarted_it_is_as_new(rule, after):
     segments = np.random.default_rng(3).normal(size=(21, 2, 3))
     used, new = fresh(rule=rule, n_tolerance=2), fresh(rule=rule, n_tolerance=2)
-    list(replay(used, segments[:after], VALLEY[9 : 9 + after]))
+    live = {"w": torch.zeros(3, dtype=torch.float64)}
+    list(replay(used, segments[:after], VALLEY[9 : 9 + after], live))
     assert used.ended == (after == 12)
     used.restart()
     with pytest.raises(ValueError, match="no weights have been averaged yet"):
         used.weights()
-    both = (replay(valley, segments[12:], VALLEY[5:14]) for valley in (used, new))
+    both = (replay(valley, segments[12:], VALLEY[5:14], live) for valley in (used, new))
     for _ in zip(*both, strict=True):
         assert used.weights()["w"].equal(new.weights()["w"])
     assert used.rule.state_dict() == new.rule.state_dict()

@@ -12,7 +12,7 @@ import time
 import pytest
 
 LONG = [
-    *("trainer=ema_basic", "model.width=16", "protocol.steps=30000", "protocol.eval_every=50"),
+    *("trainer=ema_basic", "model.width=16", "protocol.steps=1000000", "protocol.eval_every=50"),
     *("holdout=[0]", "seeds=[0]", "name=x"),
 ]
 
