@@ -98,14 +98,13 @@ class WeightAverage(ABC):
 
     def _find(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:
         """The live tensors; where they are others than before, the average follows them."""
-        before = self.tracked.found
         live, copied = self.tracked.live(source)
-        if self.tracked.found != before:
+        if self._copying.sources is not copied:
             with _lasting():
+                self._follow(live)
                 dtypes = [t.dtype for t in copied]
                 self._copied = moved(self._copied, copied, dtypes, self._devices(copied))
                 self._copying = Pairs(self._copied, copied)
-                self._follow(live)
         return live, copied
 
     def _devices(self, live: list[Tensor]) -> list[torch.device]:

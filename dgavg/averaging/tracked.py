@@ -68,7 +68,6 @@ class Tracked:
             averaged = policy == "average" and _has_mean(name, tensor)
             (self.averaged if averaged else self.copied).append(name)
         self.like = {k: t.detach().to("meta") for k, t in tensors.items()}
-        self.found = 0  # how often the live tensors were looked up
         self._watch: _Watch | None = None
         self._live: tuple[list[Tensor], list[Tensor]] = ([], [])
 
@@ -86,7 +85,6 @@ class Tracked:
                     self.like[name] = tensors[name].detach().to("meta")
             self._live = self._sorted(tensors)
             self._watch = _Watch(source)
-            self.found += 1
         return self._live
 
     def peek(self, source: nn.Module | Named) -> tuple[list[Tensor], list[Tensor]]:

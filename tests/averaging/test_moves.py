@@ -137,6 +137,32 @@ def test_an_average_that_was_widened_stays_so():
     assert {found["3.bias"].dtype, found["4.weight"].dtype} == {torch.float64, torch.float32}
 
 
+def test_an_update_that_ran_out_of_memory_can_be_repeated():
+    class Starved(RunningMean):
+        starved = False
+
+        def _follow(self, live):
+            if self.starved:
+                self.starved = False
+                raise MemoryError
+            super()._follow(live)
+
+    model, plain = small_net(), small_net()
+    average, expected = Starved(model), RunningMean(plain)
+    for step in walk(model, 4):
+        wander(plain, step)
+        if step == 3:
+            model.double()
+            plain.double()
+            average.starved = True
+            with pytest.raises(MemoryError):
+                average.update(model)
+        average.update(model)
+        expected.update(plain)
+    assert_same(average.state_dict()["tensors"], expected.state_dict()["tensors"], rtol=0)
+    assert average.calls == 4
+
+
 def add_parameter(model):
     model[1].extra = nn.Parameter(torch.zeros(2))
 
