@@ -36,7 +36,7 @@ def test_a_second_process_in_a_folder_and_then_ctrl_c(training, tmp_path, start)
     assert error == "dgavg: another process is training in runs/x/0/0; wait for it to end\n"
     assert training.poll() is None
     training.send_signal(signal.SIGINT)
-    out, error = training.communicate()
+    out, error = training.communicate(timeout=300)
     assert (training.returncode, out) == (130, "")
     assert error == "dgavg: interrupted; the same command goes on from the last checkpoint\n"
     assert (tmp_path / "runs/x/0/0/checkpoint.pt").exists()
