@@ -15,12 +15,16 @@ class Batch:
     Shapes: `x` (N, ...) inputs; `y` (N,) integer labels, or (N, classes) probabilities once a link
     has mixed them; `d` (N,) the domain index of each row; `domains` how many domains there are. So
     work per domain is a reshape to (domains, N / domains, ...), never a mask or a host sync.
+    `weights` (domains,) is how the domains' risks are averaged, evenly where it is None: a gradient
+    link that wants one domain's gradient from the whole batch sets it. A link that makes a batch
+    of another keeps them with `dataclasses.replace`.
     """
 
     x: Tensor
     y: Tensor
     d: Tensor
     domains: int
+    weights: Tensor | None = None
 
     def by_domain(self, rows: Tensor) -> Tensor:
         """View (N, ...) as (domains, N / domains, ...)."""

@@ -9,6 +9,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from torch import nn
+
 from dgavg.errors import UserError, require, unknown
 from dgavg.trainer import TRAINERS, Trainer
 
@@ -67,6 +69,18 @@ def chain(spec: str, **settings: Mapping[str, Any]) -> Trainer:
     return link  # type: ignore[no-any-return]
 
 
+def adapting(settings: Mapping[str, Mapping[str, Any]]) -> Trainer:
+    """Of a chain by its links' settings, the links that change the model, around `basic`."""
+    names = [k for k in settings if find_trainer(k).adapt is not Trainer.adapt]
+    return chain("_".join([*names, "basic"]), **{k: settings[k] for k in names})
+
+
+def adapt(head: Trainer, model: nn.Module, domains: int) -> None:
+    """Change `model` as the links of a chain want it, innermost first."""
+    for link in list(head)[::-1]:
+        link.adapt(model, domains)
+
+
 def setting_names(cls: type[Trainer]) -> list[str]:
     """The settings of a link class, in the order of its definition."""
     return [f.name for f in fields(cls) if f.init and f.name != "inner"]
@@ -103,10 +117,10 @@ def renew(head: Trainer) -> Trainer:
     return type(head)(inner, **head.settings())
 
 
-def check(head: Trainer, domains: int | None = None) -> None:
+def check(head: Trainer, domains: int | None = None, steps: int | None = None) -> None:
     """Refuse a chain that contradicts itself; never reorder one behind the user's back.
 
-    `domains` is the number of training domains, where it is known already.
+    `domains` is the number of training domains and `steps` that of updates, where known already.
 
     Raises `UserError` with the chain to write instead, where there is one.
     """
@@ -144,3 +158,6 @@ def check(head: Trainer, domains: int | None = None) -> None:
             f"{spec}: {link.name!r} needs at least {link.min_domains} training domains, "
             f"here is {domains}",
         )
+    if steps is not None:
+        for link in links:
+            link.curves(steps)  # of schedules, checked as they are made

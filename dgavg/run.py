@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
-from dgavg.chain import chain, check, renew, settings_of
+from dgavg.chain import adapt, chain, check, renew, settings_of
 from dgavg.errors import UserError, require
 from dgavg.losslog import LossLog
+from dgavg.schedules import step_of
 from dgavg.seeding import random_state, set_random_state
 from dgavg.settings import check_type
-from dgavg.trainer import TAPS, Candidate, Schedule, Scores, Trainer, Weights
+from dgavg.trainer import TAPS, Candidate, Scores, Trainer, Weights
+from dgavg.update import Update
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -87,6 +90,7 @@ class Run:
         eval_every: int = 0,
         stopping: Callable[[list[Scores]], str] = lambda scores: "",
         precision: str = "fp32",
+        clip: float | None = None,
         seed: int = 0,
     ) -> None:
         check_type(steps, int, "steps")
@@ -96,7 +100,8 @@ class Run:
         for part in ("names", "classes", "epoch_length"):
             require(hasattr(batches, part), f"batches has no {part}: see dgavg.run.Batches")
         require(callable(optimizer), "optimizer is a function of the parameters that makes one")
-        require(precision in ("fp32", "bf16"), f"precision={precision}: choose fp32 or bf16")
+        require(precision in PRECISIONS, f"precision={precision}: choose {', '.join(PRECISIONS)}")
+        require(clip is None or clip > 0, f"clip={clip}: a number above 0, or none")
         for part in ("featurizer", "classifier"):
             require(
                 isinstance(getattr(model, part, None), nn.Module),
@@ -107,6 +112,7 @@ class Run:
         trainer = chain(trainer) if isinstance(trainer, str) else trainer
         check(trainer, domains=len(self.names))
         self.trainer = trainer = renew(trainer)
+        self.curves = [(k, found) for k in trainer if (found := k.curves(steps))]
         self.model, self.batches, self.steps = model, batches, steps
         self.classes, self.epoch_length = batches.classes, batches.epoch_length
         self.schedule, self.stopping = schedule, stopping
@@ -125,6 +131,7 @@ class Run:
         self.losses = LossLog(self.names)
 
         links = list(trainer)[::-1]  # innermost first: the order of taps
+        adapt(trainer, model, len(self.names))
         self.live: Weights = model.state_dict()  # aliases of the live tensors, taken once
         self.hidden: Weights = {k: v for k, v in model.named_buffers() if k not in self.live}
         weights = {k for k, _ in model.named_parameters(remove_duplicate=False)}
@@ -135,10 +142,15 @@ class Run:
         self.parameters = [
             p for m in (model, self.extras) for p in m.parameters() if p.requires_grad
         ]
-        self.optimizer = optimizer(self.parameters)
+        self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.base_lr = rates[0]
         self.lr_scales = [rate / rates[0] for rate in rates]  # of each group, kept by schedules
+        self.groups: dict[str, int] = {}  # of the optimizer, by link name
+        for name, module in self.extras.items():
+            self._add_group(name, [p for p in module.parameters() if p.requires_grad])
+        self.update = Update(self.parameters, self.optimizer, scaled=precision == "fp16", clip=clip)
+        self.set_schedules()
         self.taps: dict[str, list[Callable[..., None]]] = {
             tap: [
                 getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)
@@ -147,9 +159,26 @@ class Run:
         }
         self.tap("setup")
 
+    def _add_group(self, name: str, parameters: list[nn.Parameter]) -> None:
+        if parameters:
+            self.groups[name] = len(self.optimizer.param_groups)
+            self.optimizer.add_param_group({"params": parameters, "lr": self.base_lr})
+            self.lr_scales.append(1.0)
+
+    def scale_lr(self, name: str, factor: float) -> None:
+        """Multiply the learning rate of the module that the link `name` trains, for good."""
+        self.lr_scales[self.groups[name]] = factor
+
+    def set_schedules(self) -> None:
+        """Give every setting that follows a schedule its number of this step."""
+        for link, curves in self.curves:
+            for name, curve in curves.items():
+                setattr(link, name, float(curve(self.t)))
+
     # The way down a plane starts at the head again, so that a link sees links outside it too.
     def step(self, batch: Batch) -> Loss:
         """One update of the weights."""
+        self.set_schedules()
         return self.trainer.step(self, batch)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -168,10 +197,6 @@ class Run:
         """The learning rate of this step."""
         return self.trainer.lr(self)
 
-    def at(self, setting: Schedule) -> float:
-        """The value of a setting at this step."""
-        return setting(self.t) if callable(setting) else setting
-
     def forward(self, x: Tensor, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Features (N, F) and logits (N, classes) of inputs `x`, in float32.
 
@@ -187,11 +212,18 @@ class Run:
         """The context of a forward pass in this run's precision."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to `.grad`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        """Add the gradients of `loss` to `.grad`: those of all processes, in plain units."""
+        self.update.backward(loss)
+
+    def gradients(self, loss: Tensor, *, retain: bool = False) -> list[Tensor | None]:
+        """The gradients of `loss` in `run.parameters`, as `backward` would add them.
+
+        `retain` keeps the graph for another call.
+        """
+        return self.update.gradients(loss, retain=retain)
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's moments, as a new one would; however often asked for, once."""
@@ -209,16 +241,7 @@ class Run:
 
         Raises `UserError` where that is no whole step or past the end of the run.
         """
-        require(
-            start < 1 or float(start).is_integer(), f"{setting}={start:g}: a whole step, or below 1"
-        )
-        step = round(start * self.steps) if start < 1 else int(start)
-        require(
-            step < self.steps,
-            f"{setting}={start:g} is past the end: the run has {self.steps} steps "
-            "(below 1 it is a share of them)",
-        )
-        return step
+        return step_of(start, self.steps, setting)
 
     def tap(self, name: str, *args: Any) -> None:
         """Call every link that has this tap, innermost first; `after_fit` alone may train."""
@@ -253,6 +276,7 @@ class Run:
             "hidden": dict(self.hidden),
             "extras": dict(self.extras.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "update": self.update.state_dict(),
             "links": {link.name: link.state_dict() for link in self.trainer},
             "random": random_state(self.device),
         }
@@ -271,6 +295,7 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.extras.load_state_dict(saved["extras"])
             self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+            self.update.load_state_dict(saved["update"])
             for name, buffer in self.hidden.items():
                 buffer.copy_(saved["hidden"][name])
         except (RuntimeError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""The protocol of a link: five wraps, five taps, two offers.
+"""The protocol of a link: five wraps, five taps, three offers.
 
 The five rules:
 
@@ -8,7 +8,9 @@ The five rules:
 2. *Wraps are re-entrant; taps own time.* A wrap may run any number of times a step, so it never
    advances a counter or an average: taps do.
 3. *A field is a setting or `state()`.* Settings are the constructor, the typed config and the
-   printout; `state()` fields are the checkpoint.
+   printout; `state()` fields are the checkpoint. A setting that is a `float` may be given as a
+   schedule: the run writes its number of this step into the field before each step, so a link
+   reads a plain number. One that is read once, in `setup`, is declared `fixed(...)`.
 4. *Live weights are written in place only* (`copy_`, `lerp_`, `torch._foreach_*`), never rebound:
    `run.live` aliases them once.
 5. *Refuse, never repair.* No chain is reordered behind the user's back.
@@ -16,6 +18,7 @@ The five rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
@@ -24,18 +27,18 @@ from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
+from dgavg.schedules import curve_of, is_schedule
 from dgavg.settings import check_type, fits
 
 if TYPE_CHECKING:
     from dgavg.run import Run
 
 Weights = dict[str, Tensor]  # parameters and buffers by name
-Schedule = float | Callable[[int], float]  # a number, or a pure function of the step
 Scores = Mapping[str, Mapping[str, float]]  # candidate -> {"accuracy", "loss"} on validation data
 
 TRAINERS: dict[str, type[Trainer]] = {}
 TAPS = ("setup", "after_step", "after_eval", "after_epoch", "after_fit")
-NUMBERS = (float, float | None, Schedule)
+NUMBERS = (float, float | None)
 POLICIES = ("keep", "average", "recalibrate")
 
 
@@ -62,7 +65,17 @@ def state(factory: Callable[[], Any] = lambda: None) -> Any:
     Its value is a number, a string, a tensor, `None`, a list or dict of those, or an object with
     `state_dict` and `load_state_dict` that `setup` makes.
     """
-    return field(init=False, default_factory=factory)
+    return field(init=False, default_factory=factory, metadata={"state": True})
+
+
+def fixed(default: Any) -> Any:
+    """A number that is read once, before the first step, and so can't follow a schedule."""
+    return field(default=default, metadata={"fixed": True})
+
+
+def state_names(cls: type[Trainer]) -> list[str]:
+    """The fields of a link that were declared by `state`."""
+    return [f.name for f in fields(cls) if f.metadata.get("state")]
 
 
 def is_object(value: object) -> bool:
@@ -82,6 +95,7 @@ class Trainer:
     """
 
     inner: Trainer = None  # type: ignore[assignment]  # only basic has none, and never asks for it
+    scheduled: dict[str, Any] = field(init=False, default_factory=dict)  # settings as given
     name: ClassVar[str] = ""
     outermost: ClassVar[bool] = False
     min_domains: ClassVar[int] = 1
@@ -96,12 +110,52 @@ class Trainer:
         )
         kinds = get_type_hints(type(self))
         for key, value in self.settings().items():
+            if is_schedule(value) and kinds[key] in NUMBERS:
+                self._schedule(key, value)
+                continue
             check_type(value, kinds[key], f"trainer.{self.name}.{key}")
             if kinds[key] in NUMBERS and fits(value, float):
                 setattr(self, key, float(value))  # 1 and 1.0 are one setting
             elif fits(value, int):
                 setattr(self, key, int(value))  # NumPy's too
-        self.validate()
+        if not self.scheduled:
+            self.validate()
+
+    def _schedule(self, key: str, value: Any) -> None:
+        """Take a schedule in place of a number; the run finds out which numbers it gives."""
+        fields_by_name = {f.name: f for f in fields(self)}
+        require(
+            not fields_by_name[key].metadata.get("fixed"),
+            f"trainer.{self.name}.{key} is read once, before the first step: it takes a number, no "
+            "schedule",
+        )
+        self.scheduled[key] = dict(value) if isinstance(value, Mapping) else value
+        setattr(self, key, math.nan)
+
+    def curves(self, steps: int) -> dict[str, Callable[[int], float]]:
+        """The settings that follow a schedule, as functions of the step in a run of `steps`.
+
+        Raises `UserError` where one gives a number, at any step, that `validate` refuses.
+        """
+        found = {
+            key: curve_of(value, steps, f"trainer.{self.name}.{key}")
+            for key, value in self.scheduled.items()
+        }
+        seen = set()
+        for t in range(steps if found else 0):
+            values = tuple(curve(t) for curve in found.values())
+            if values not in seen:
+                seen.add(values)
+                self._take(dict(zip(found, values, strict=True)), t)
+                self.validate()
+        return found
+
+    def _take(self, values: Mapping[str, float], t: int) -> None:
+        for key, value in values.items():
+            name = f"trainer.{self.name}.{key}"
+            check_type(value, float, f"{name} at step {t}")
+            require(math.isfinite(value), f"{name} is {value} at step {t}")
+            setattr(self, key, float(value))
 
     def validate(self) -> None:
         """Raise `UserError` for settings that make no sense."""
@@ -144,6 +198,12 @@ class Trainer:
         """Once, after the last step: a phase of one's own. The candidates are scored once more."""
 
     # Offers.
+    def adapt(self, model: nn.Module, domains: int) -> None:
+        """Change the model before anything else sees it, for `domains` training domains.
+
+        Saved weights have the changed model's names; it must be the same change every time.
+        """
+
     def module(self, run: Run) -> nn.Module | None:
         """A module trained beside the model, reached as `run.extras[name]`."""
         return None
@@ -164,12 +224,13 @@ class Trainer:
             link = link.inner
 
     def settings(self) -> dict[str, Any]:
-        """The settings of this link by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "inner"}
+        """The settings of this link by name; schedules as they were given."""
+        names = [f.name for f in fields(self) if f.init and f.name != "inner"]
+        return {name: self.scheduled.get(name, getattr(self, name)) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """The `state()` fields of this link by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.init}
+        values = {name: getattr(self, name) for name in state_names(type(self))}
         return {
             k: {"object": type(v).__name__, "state": v.state_dict()} if is_object(v) else v
             for k, v in values.items()
@@ -177,9 +238,9 @@ class Trainer:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        names = {f.name for f in fields(self) if not f.init}
+        names = state_names(type(self))
         require(
-            names == saved.keys(),
+            set(names) == saved.keys(),
             f"the state of {self.name!r} has {sorted(saved)}, not {sorted(names)}",
         )
         for key, value in saved.items():
@@ -197,7 +258,7 @@ class Trainer:
 T = TypeVar("T")
 
 
-@dataclass_transform(kw_only_default=True, field_specifiers=(field, state))
+@dataclass_transform(kw_only_default=True, field_specifiers=(field, state, fixed))
 def trainer(name: str, **traits: bool | int) -> Callable[[type[T]], type[T]]:
     """Make a class a link: slotted, so it cannot hide state; known by `name` in chains and configs.
 

@@ -58,7 +58,7 @@ VALUES = {
     "protocol.selection=orakel": "protocol.selection=orakel: choose one of validation, last, "
     "oracle",
     "protocol.test_split=out": "protocol.test_split=out: choose one of in, all",
-    "precision=fp16": "precision=fp16: choose one of fp32, bf16",
+    "precision=fp8": "precision=fp8: choose one of fp32, bf16, fp16",
     "evaluate=some": "evaluate=some: choose one of selection, all",
     "logger=wandb": "logger=wandb: choose one of null, tensorboard",
     "eval_batch_size=0": "eval_batch_size=0: at least 1",

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from dgavg import Trainer, UserError, state, trainer
-from dgavg.trainer import Schedule
 from dgavg.trainers import EMA, IRM, MA, Basic
 
 
@@ -15,7 +14,7 @@ def test_a_link_is_slotted_and_knows_its_name_and_traits():
     class Mine(Trainer):
         """A link."""
 
-        weight: Schedule = 1.0
+        weight: float = 1.0
         count: int = state(int)
 
     link = Mine(Basic(), weight=2)
@@ -61,7 +60,7 @@ def test_an_unknown_trait_is_refused():
     [
         (
             lambda: IRM(Basic(), weight="ten"),
-            "irm.weight='ten' must be a number or a function of the step, not str",
+            "irm.weight='ten' must be a number, not str",
         ),
         (lambda: EMA(Basic(), every=1.5), "ema.every=1.5 must be an integer, not float"),
         (lambda: EMA(Basic(), every=True), "ema.every=True must be an integer, not bool"),

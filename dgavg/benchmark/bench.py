@@ -23,6 +23,7 @@ from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits, seed
 from dgavg.errors import UserError
 from dgavg.evaluation import Scorer, Split
 from dgavg.evaluation.selection import validation_score
+from dgavg.run import PRECISIONS
 from dgavg.trainer import Candidate, Weights
 
 Scores = dict[str, dict[str, float]]  # by split: accuracy, loss, n
@@ -100,7 +101,7 @@ class Bench:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.setup.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.setup.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.setup.device.type, dtype=PRECISIONS[self.setup.precision])
 
     def score(self, weights: Weights) -> tuple[Scores, Weights]:
         """Scores on all splits, and the weights that have them, recalibrated as they were."""

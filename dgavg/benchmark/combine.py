@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from dgavg.averaging.ensemble import ensemble
 from dgavg.averaging.learned_soup import learned_soup
@@ -24,6 +25,7 @@ from dgavg.benchmark.fold import check_same, locked, threads_for
 from dgavg.benchmark.members import Groups, Member, check_one_start, find_members, grouped
 from dgavg.benchmark.recipe import LEARNED, Recipe
 from dgavg.benchmark.table import POOLED, Runs, test_score
+from dgavg.chain import adapt, adapting
 from dgavg.config import compose, explained, plain
 from dgavg.data import load
 from dgavg.errors import UserError, require, unknown
@@ -148,9 +150,16 @@ class _Kitchen:
             raise unknown("model", model["name"], MODELS)
         if "weights" in model:
             model["weights"] = None  # they are loaded over anyway
+        links = adapting(next(iter(self.groups.values()))[0].config["trainer"])
+
+        def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
+            made = build_model(input_shape=shape, classes=classes, **model)
+            adapt(links, made, len(dataset.domains) - 1)
+            return made
+
         return Setup(
             dataset=dataset,
-            model=lambda shape, classes: build_model(input_shape=shape, classes=classes, **model),
+            model=build,
             protocol=self.identity["protocol"],
             device=self.place["device"],
             precision=self.place["precision"],

@@ -19,7 +19,7 @@ from dgavg.errors import require, unknown
 from dgavg.evaluation import RULES, Stopping
 from dgavg.models import Model, build_model
 from dgavg.optimizers import lr_schedule, optimizer_factory
-from dgavg.run import OptimizerFactory
+from dgavg.run import PRECISIONS, OptimizerFactory
 from dgavg.settings import check_type, fits
 from dgavg.trainer import Trainer
 
@@ -47,6 +47,7 @@ class Experiment:
     init_seed: int | None
     device: torch.device
     precision: str
+    clip: float | None
     evaluate_all: bool
     eval_batch_size: int
     threads: int | None
@@ -96,6 +97,10 @@ def build(
     check_type(shape, str, "optimizer.schedule")
     check_type(warmup, int, "optimizer.warmup")
     schedule = lr_schedule(shape, warmup, protocol["steps"])
+    clip = optimizer.pop("clip", None)
+    check_type(clip, float | None, "optimizer.clip")
+    require(clip is None or clip > 0, f"optimizer.clip={clip}: a number above 0, or null")
+    check(trainer, steps=protocol["steps"])
     make_optimizer = optimizer_factory(**optimizer)
 
     data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
@@ -134,6 +139,7 @@ def build(
         init_seed=init_seed,
         device=device,
         precision=settings["precision"],
+        clip=clip,
         evaluate_all=settings["evaluate"] == "all",
         eval_batch_size=settings["eval_batch_size"],
         threads=threads,
@@ -189,7 +195,7 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
     for value, choices, name in (
         (protocol["test_split"], ("in", "all"), "protocol.test_split"),
         (protocol["selection"], tuple(RULES), "protocol.selection"),
-        (settings["precision"], ("fp32", "bf16"), "precision"),
+        (settings["precision"], tuple(PRECISIONS), "precision"),
         (settings["evaluate"], ("selection", "all"), "evaluate"),
         (settings["logger"], (None, "tensorboard"), "logger"),
     ):

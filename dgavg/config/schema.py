@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING as REQUIRED
 
-from dgavg.trainer import Schedule, Trainer
+from dgavg.trainer import NUMBERS, Trainer
 
 
 @dataclass
@@ -71,8 +71,9 @@ def link_schema(cls: type[Trainer]) -> type:
     settings = []
     for f in fields(cls):
         if f.init and f.name != "inner":
-            kind = float if kinds[f.name] == Schedule else kinds[f.name]
+            kind = kinds[f.name]
             simple = kind in (int, float, str, bool, int | None, float | None, str | None)
+            simple &= kind not in NUMBERS or "fixed" in f.metadata  # others may be schedules
             default = field(default=REQUIRED if f.default is MISSING else f.default)
             if f.default_factory is not MISSING:
                 default = field(default_factory=f.default_factory)

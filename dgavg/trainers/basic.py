@@ -24,7 +24,7 @@ class Basic(Trainer):
         for group, scale in zip(run.optimizer.param_groups, run.lr_scales, strict=True):
             group["lr"] = lr * scale
         loss = run.grad(run.prepare(batch))
-        run.optimizer.step()
+        run.update.step()
         return loss
 
     def prepare(self, run: Run, batch: Batch) -> Batch:
@@ -43,7 +43,8 @@ class Basic(Trainer):
         features, logits = run.forward(batch.x)
         errors = F.cross_entropy(logits, batch.y, reduction="none")
         risks = batch.by_domain(errors).mean(dim=1)
-        weights = torch.full_like(risks, 1.0 / batch.domains)
+        even = torch.full_like(risks, 1.0 / batch.domains)
+        weights = even if batch.weights is None else batch.weights
         return Loss(risks, weights, logits, features, batch)
 
     def lr(self, run: Run) -> float:

@@ -53,9 +53,9 @@ def test_the_order_of_the_keys_is_the_chain(spec):
 
 
 def test_settings_are_typed():
-    config = compose(["trainer=irm_basic", "trainer.irm.weight=10", "protocol.steps=7"])
-    assert config.trainer.irm.weight == 10.0
-    assert isinstance(config.trainer.irm.weight, float)
+    config = compose(["trainer=irm_basic", "trainer.irm.anneal=10", "protocol.steps=7"])
+    assert config.trainer.irm.anneal == 10.0
+    assert isinstance(config.trainer.irm.anneal, float)
     with pytest.raises(UserError) as caught, explained():
         compose(["trainer=ema_basic", "trainer.ema.every=1.5"])
     assert str(caught.value) == "trainer.ema.every=1.5 must be an integer"

@@ -21,7 +21,7 @@ from dgavg.settings import fits, keyword_settings
 
 REGISTRIES = {"data": DATASETS, "model": MODELS, "optimizer": OPTIMIZERS}
 ENTRIES = [(group, name) for group, registry in REGISTRIES.items() for name in registry]
-SCHEDULE = {"schedule": "constant", "warmup": 0}  # of any optimizer; see dgavg.optimizers
+SCHEDULE = {"schedule": "constant", "warmup": 0, "clip": None}  # of any optimizer
 
 
 @cache

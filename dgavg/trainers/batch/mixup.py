@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
@@ -49,4 +51,4 @@ class Mixup(Trainer):
         labels = batch.y
         if not labels.is_floating_point():
             labels = F.one_hot(labels, run.classes).to(batch.x.dtype)
-        return Batch(blend(batch.x), blend(labels), batch.d, batch.domains)
+        return replace(batch, x=blend(batch.x), y=blend(labels))

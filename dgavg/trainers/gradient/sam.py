@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from dgavg.averaging.batchnorm import batchnorm_layers
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
+from dgavg.trainers.gradient.passes import put_back, statistics_kept, with_gradient
 
 
 @trainer("sam")
@@ -38,21 +37,10 @@ class SAM(Trainer):
         first = self.inner.grad(run, batch)
         if self.rho == 0:
             return first
-        weights: list[Tensor] = [p for p in run.parameters if p.grad is not None]
-        with torch.no_grad():
-            slopes = [p.grad for p in weights if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
-            before = [p.detach().clone() for p in weights]
-            torch._foreach_add_(weights, torch._foreach_mul(slopes, self.rho / (norm + 1e-12)))
-        parts = (run.model, run.extras)
-        layers = [m for part in parts for m in batchnorm_layers(part) if m.track_running_stats]
-        try:
-            for layer in layers:
-                layer.track_running_stats = False
-            self.inner.grad(run, batch)
-        finally:
-            for layer in layers:
-                layer.track_running_stats = True
+        weights, slopes = with_gradient(run)
+        with put_back(weights), statistics_kept(run):
             with torch.no_grad():
-                torch._foreach_copy_(weights, before)
+                norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes)))
+                torch._foreach_add_(weights, torch._foreach_mul(slopes, self.rho / (norm + 1e-12)))
+            self.inner.grad(run, batch)
         return first

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dgavg.run import Run
-from dgavg.trainer import Schedule
 
 
-def annealed(run: Run, weight: Schedule, jump: int) -> float:
+def annealed(run: Run, weight: float, jump: int) -> float:
     """The weight at this step: 1 before step `jump`, then `weight`, as in DomainBed."""
-    return run.at(weight) if run.t >= jump else 1.0
+    return weight if run.t >= jump else 1.0
 
 
 def reset_at(run: Run, jump: int) -> None:

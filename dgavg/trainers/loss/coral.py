@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dgavg.batch import Batch, Loss
 from dgavg.run import Run
-from dgavg.trainer import Schedule, Trainer, trainer
+from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
@@ -23,7 +23,7 @@ class CORAL(Trainer):
     photographs; it hurts where the classes are unevenly spread over the domains.
     """
 
-    weight: Schedule = 1.0
+    weight: float = 1.0
 
     def validate(self) -> None:
         """Refuse settings out of range."""
@@ -32,7 +32,7 @@ class CORAL(Trainer):
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""
         out = self.inner.loss(run, batch)
-        out.terms["coral"] = run.at(self.weight) * penalty(batch.by_domain(out.features))
+        out.terms["coral"] = self.weight * penalty(batch.by_domain(out.features))
         return out
 
     def setup(self, run: Run) -> None:

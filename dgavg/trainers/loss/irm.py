@@ -7,7 +7,7 @@ from torch import Tensor
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Schedule, Trainer, state, trainer
+from dgavg.trainer import Trainer, fixed, state, trainer
 from dgavg.trainers.loss.anneal import annealed, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
@@ -29,8 +29,8 @@ class IRM(Trainer):
     learning.
     """
 
-    weight: Schedule = 100.0
-    anneal: float = 500
+    weight: float = 100.0
+    anneal: float = fixed(500)
     jump: int = state(int)
 
     def validate(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Schedule, Trainer, state, trainer
+from dgavg.trainer import Trainer, fixed, state, trainer
 from dgavg.trainers.loss.anneal import annealed, reset_at
 from dgavg.trainers.loss.checks import check_weight
 
@@ -24,8 +24,8 @@ class VREx(Trainer):
     predicts (ColoredMNIST, with the oracle rule); it hurts where some domain is simply harder.
     """
 
-    weight: Schedule = 10.0
-    anneal: float = 500
+    weight: float = 10.0
+    anneal: float = fixed(500)
     jump: int = state(int)
 
     def validate(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from dgavg.averaging.validated import ValidatedMean
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Scores, Trainer, Weights, state, trainer
+from dgavg.trainer import Candidate, Scores, Trainer, Weights, fixed, state, trainer
 from dgavg.trainers.weights.shadow import buffers_of, check_shadow, offer
 
 
@@ -58,7 +58,7 @@ class ASWA(Trainer):
     metric: str = "accuracy"
     lower: bool | None = None
     hard: bool = True
-    start: float = 0
+    start: float = fixed(0)
     every: int = 1
     batchnorm: str = "recalibrate"
     average: ValidatedMean = state()

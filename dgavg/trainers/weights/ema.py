@@ -11,7 +11,7 @@ from dgavg.averaging import ExponentialMean
 from dgavg.averaging.exponential import WARMUPS
 from dgavg.errors import UserError, require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, Weights, state, trainer
+from dgavg.trainer import Candidate, Trainer, Weights, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
@@ -38,12 +38,12 @@ class EMA(Trainer):
     """
 
     decay: float = 0.99
-    half_life: float | None = None
+    half_life: float | None = fixed(None)
     warmup: str | None = None
-    gamma: float | None = None
-    power: float = 2 / 3
-    min_decay: float = 0.0
-    start: float = 0
+    gamma: float | None = fixed(None)
+    power: float = fixed(2 / 3)
+    min_decay: float = fixed(0.0)
+    start: float = fixed(0)
     every: int = 1
     batchnorm: str = "average"
     average: ExponentialMean = state()
@@ -55,6 +55,10 @@ class EMA(Trainer):
         require(
             self.warmup is None or self.warmup in known,
             f"trainer.ema.warmup={self.warmup}: choose one of null, {', '.join(known)}",
+        )
+        require(
+            "decay" not in self.scheduled or self.warmup is None is self.half_life,
+            "trainer.ema.decay follows a schedule: leave out half_life and warmup",
         )
         check_shadow(self)
         try:
@@ -82,6 +86,8 @@ class EMA(Trainer):
 
     def after_step(self, run: Run) -> None:
         """Take in the iterate."""
+        if "decay" in self.scheduled:
+            self.average.decay = self.decay
         self.average.update(run.live)
 
     def candidates(self) -> dict[str, Candidate]:

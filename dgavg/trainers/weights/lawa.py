@@ -5,7 +5,7 @@ from __future__ import annotations
 from dgavg.averaging import LatestMean
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 
@@ -28,7 +28,7 @@ class LAWA(Trainer):
     """
 
     k: int = 6
-    start: float = 0
+    start: float = fixed(0)
     every: int = 1
     batchnorm: str = "average"
     average: LatestMean = state()

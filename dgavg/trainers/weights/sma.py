@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dgavg.averaging import RunningMean
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
@@ -23,7 +23,7 @@ class SMA(Trainer):
     around a plateau; from too early a start it drags the first steps along.
     """
 
-    start: float = 100
+    start: float = fixed(100)
     every: int = 1
     batchnorm: str = "average"
     average: RunningMean = state()

@@ -8,7 +8,7 @@ from dgavg.averaging import RunningMean
 from dgavg.averaging.schedules import annealed_lr, cyclic_lr, fge_lr, swa_lr
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 SCHEDULES = ("constant", "late", "linear", "cosine", "cyclic", "triangle")
@@ -39,11 +39,11 @@ class SWA(Trainer):
     Cost: one copy of the weights in float32; a pass over the training images an evaluation.
     """
 
-    start: float = 0.5
+    start: float = fixed(0.5)
     every: int = 1
-    lr_final: float | None = None
+    lr_final: float | None = fixed(None)
     schedule: str = "constant"
-    lr_high: float | None = None
+    lr_high: float | None = fixed(None)
     anneal: int = 10
     batchnorm: str = "recalibrate"
     average: RunningMean = state()

@@ -8,7 +8,7 @@ from dgavg.averaging.valley import LossValley
 from dgavg.averaging.valley_rules import RULES
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Scores, Trainer, state, trainer
+from dgavg.trainer import Candidate, Scores, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
@@ -44,10 +44,10 @@ class SWAD(Trainer):
 
     n_converge: int = 3
     n_tolerance: int = 6
-    tolerance_ratio: float = 0.3
+    tolerance_ratio: float = fixed(0.3)
     rule: str = "paper"
     stop: bool = False
-    start: float = 0
+    start: float = fixed(0)
     every: int = 1
     batchnorm: str = "recalibrate"
     average: LossValley = state()

@@ -65,16 +65,6 @@ def test_training_weighs_1_before_anneal_and_resets_the_optimizer_there_once(ann
     assert_weights(run.live, plain_training(loss, renew_at=anneal).state_dict())
 
 
-def test_the_weight_may_follow_a_schedule():
-    run = run_of("irm_basic", {"irm": {"weight": lambda t: 2.0 + t, "anneal": 0}})
-    run.model.eval()
-    run.t = 3
-    loss = run.loss(run.batches(0))
-    expected = 5.0 * penalty(loss.logits, loss.batch)
-    torch.testing.assert_close(loss.terms["irm"], expected)
-    torch.testing.assert_close(loss.total, loss.risks.mean() + expected)
-
-
 def test_one_image_of_a_domain_is_refused():
     with pytest.raises(UserError, match="irm needs at least 2 images of each domain a batch"):
         run_of("irm_basic", {"irm": {"anneal": 0}}, rows=1)

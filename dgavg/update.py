@@ -1,0 +1,107 @@
+"""Update: from a loss to gradients in plain units, and from those to the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+FIRST_SCALE, INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+
+
+class Update:
+    """What stands below every gradient link: loss scaling, processes, clipping, the optimizer.
+
+    `scaled`: losses are multiplied before the backward pass so that float16 does not underflow,
+    and gradients divided at once, so no link ever sees a scaled one. An update with a gradient that
+    is not finite is skipped, and the scale halved; it doubles after 2,000 updates without one
+    (Micikevicius et al. 2018, arXiv 1710.03740). Where several processes train together
+    (`torch.distributed`), each gradient is the mean of theirs. `clip` is the largest norm that all
+    gradients of an update may have together.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaled: bool = False,
+        clip: float | None = None,
+    ) -> None:
+        self.parameters, self.optimizer, self.clip = list(parameters), optimizer, clip
+        self.scale = FIRST_SCALE if scaled else None
+        self.good = 0  # updates since the scale last changed
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to `.grad`."""
+        if self.scale is None and ranks() == 1:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        for parameter, gradient in zip(self.parameters, self.gradients(loss), strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient is not None:
+                parameter.grad = gradient
+
+    def gradients(self, loss: Tensor, *, retain: bool = False) -> list[Tensor | None]:
+        """The gradients of `loss` in each parameter, or None where it has none."""
+        scale = self.scale or 1.0
+        found = torch.autograd.grad(
+            loss * scale, self.parameters, retain_graph=retain, allow_unused=True
+        )
+        there = [g for g in found if g is not None]
+        if self.scale is not None:
+            torch._foreach_div_(there, scale)
+        if ranks() > 1:
+            _average(there)
+        return list(found)
+
+    def step(self) -> None:
+        """Let the optimizer step with what is in `.grad`."""
+        there = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scale is not None and not self._finite(there):
+            return
+        if self.clip is not None and there:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+
+    def _finite(self, gradients: list[Tensor]) -> bool:
+        """Whether the update counts; moves the scale."""
+        assert self.scale is not None
+        norms = torch._foreach_norm(gradients, float("inf")) if gradients else [torch.zeros(())]
+        finite = bool(torch.stack(list(norms)).isfinite().all())
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good == INTERVAL:
+            self.scale, self.good = self.scale * 2, 0
+        return finite
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale and how long it has been good."""
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.scale, self.good = saved["scale"], saved["good"]
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by the mean over all processes: one message a dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        flat = torch.cat([t.flatten() for t in same])
+        dist.all_reduce(flat)
+        flat /= ranks()
+        parts = torch.split(flat, [t.numel() for t in same])
+        torch._foreach_copy_(same, [p.view_as(t) for p, t in zip(parts, same, strict=True)])
