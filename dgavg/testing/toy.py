@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def toy_evaluate(run: Run) -> Scores:
     """Accuracy and loss of every candidate on one fixed batch."""
     batch, found = run.batches(10_000), {}
     for name, candidate in run.candidates().items():
-        twin = toy_model()
+        twin = copy.deepcopy(run.model)
         twin.load_state_dict(candidate.weights)
         logits = twin.eval()(batch.x)
         found[name] = {
