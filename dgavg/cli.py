@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from dgavg.benchmark.combine import combine
 from dgavg.benchmark.experiment import build
@@ -24,6 +25,7 @@ from dgavg.benchmark.picture import save_svg
 from dgavg.benchmark.recipe import RULES as SOUP_RULES
 from dgavg.benchmark.recipe import Recipe
 from dgavg.benchmark.table import Runs, read_runs, tables
+from dgavg.cards import card, table
 from dgavg.chain import find_trainer, known_trainers
 from dgavg.config import CONF, explained, plain, register
 from dgavg.config.schema import link_schema
@@ -32,6 +34,7 @@ from dgavg.errors import UserError, unknown
 from dgavg.models import MODELS
 from dgavg.settings import keyword_settings
 
+WIDE = 300  # columns of a table that is read by a program
 SETTING = re.compile(r"(\+{0,2}|~)[\w@:./-]+=.*|~[\w@:./-]+", re.DOTALL)
 
 
@@ -206,7 +209,7 @@ def _say(text: str) -> None:
 def show_list(arguments: list[str]) -> None:
     """Print the trainers, data sets, models or protocols there are, or the card of one of them."""
     kinds: dict[str, Callable[[], dict[str, str]]] = {
-        "trainers": lambda: {k: _card(k) for k in known_trainers()},
+        "trainers": lambda: {k: card(k).text for k in known_trainers()},
         "data": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(DATASETS.items())},
         "models": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(MODELS.items())},
         "protocols": lambda: {
@@ -225,17 +228,13 @@ def show_list(arguments: list[str]) -> None:
             raise unknown({"data": "data set"}.get(kind, kind.rstrip("s")), name, entries)
         print("\n".join([f"{name}: {entries[name].rstrip()}", *_settings(kind, name)]))
         return
+    if kind == "trainers":
+        width = None if sys.stdout.isatty() else WIDE
+        Console(width=width, highlight=False).print(table(entries))
+        return
     width = max(map(len, entries))
     for name, text in entries.items():
         print(f"{name.ljust(width)}  {text.partition(chr(10))[0]}")
-
-
-def _card(name: str) -> str:
-    """What a trainer says of itself, or why it can't be loaded: one bad plugin hides no other."""
-    try:
-        return inspect.getdoc(find_trainer(name)) or ""
-    except UserError as error:
-        return str(error)
 
 
 def _settings(kind: str, name: str) -> list[str]:

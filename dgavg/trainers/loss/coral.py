@@ -19,8 +19,10 @@ class CORAL(Trainer):
 
     - `weight` (1; usual 0.1 to 10).
 
-    Cost: one covariance of the features a domain, no loop over pairs. A strong baseline on
-    photographs; it hurts where the classes are unevenly spread over the domains.
+    Cost: no pass beyond the forward pass; one covariance of the features a domain. No loop over
+    pairs. A strong baseline on photographs.
+
+    Avoid: classes that are unevenly spread over the domains: aligned features then mix them up.
     """
 
     weight: float = 1.0

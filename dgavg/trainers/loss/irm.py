@@ -23,10 +23,12 @@ class IRM(Trainer):
     - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
       whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
 
-    Cost: none beyond the forward pass (the slopes have a closed form). Pays where a feature
+    Cost: no pass beyond the forward pass; the slopes have a closed form. Pays where a feature
     predicts well in every training domain with different strength (ColoredMNIST, with the oracle
-    rule); on photographs it is rarely better than `basic`. Large weights from the first step stop
-    learning.
+    rule).
+
+    Avoid: photographs, where it is rarely better than `basic`; a large weight from the first step
+    on, which stops learning.
     """
 
     weight: float = 100.0

@@ -12,7 +12,7 @@ from dgavg.trainers.loss.checks import check_weight
 
 @trainer("vrex", min_domains=2)
 class VREx(Trainer):
-    """Risk extrapolation: the variance of the domains' risks (Krueger et al. 2021, 2003.00688).
+    """Risk extrapolation: the variance of the domains' risks (Krueger et al. 2021, arXiv 2003.00688).
 
     Adds weight · mean over domains of (risk − mean risk)².
 
@@ -20,8 +20,10 @@ class VREx(Trainer):
     - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
       whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
 
-    Cost: none beyond the forward pass. Pays where domains differ in how well a spurious feature
-    predicts (ColoredMNIST, with the oracle rule); it hurts where some domain is simply harder.
+    Cost: no pass beyond the forward pass. Pays where domains differ in how well a spurious feature
+    predicts (ColoredMNIST, with the oracle rule).
+
+    Avoid: domains of which one is simply harder: its risk can't be had down to the others'.
     """
 
     weight: float = 10.0

@@ -50,9 +50,11 @@ class ASWA(Trainer):
     - `every` (1): evaluations between two that count.
     - `batchnorm` (`recalibrate`, as the authors): `keep`, `average` or `recalibrate`.
 
-    Cost: two copies of the weights in float32; two candidates to score and a pass over the training
-    images an evaluation. It selects on validation data again and again, so a small validation part
-    is overfitted: an accuracy that is best there by chance is kept for good.
+    Cost: two copies of the weights; two candidates to score and a pass over the training images an
+    evaluation.
+
+    Avoid: with a small validation part. It selects on validation data again and again, and an
+    accuracy that is best there by chance is kept for good.
     """
 
     metric: str = "accuracy"

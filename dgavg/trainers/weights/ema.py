@@ -17,10 +17,10 @@ from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 @trainer("ema")
 class EMA(Trainer):
-    """Exponential moving average, a ← decay·a + (1 − decay)·w (Tarvainen and Valpola 2017).
+    """Exponential moving average of the iterates (Tarvainen and Valpola 2017, arXiv 1703.01780).
 
-    arXiv 1703.01780. A shadow: training is untouched, bit for bit. Offers `ema`, which starts at
-    the first iterate.
+    a ← decay·a + (1 − decay)·w after every step. A shadow: training is untouched, bit for bit.
+    Offers `ema`, which starts at the first iterate.
 
     - `decay` (0.99; usual 0.99 to 0.9999): it remembers about 1/(1 − decay) updates, which should
       be well below the run's steps, or the first weights never fade: see `warmup`.
@@ -34,7 +34,9 @@ class EMA(Trainer):
     - `every` (1): steps between two updates.
     - `batchnorm` (`average`): `keep`, `average` or `recalibrate`.
 
-    Cost: one copy of the weights in float32, one pass over them a step.
+    Cost: one copy of the weights, one pass over them a step.
+
+    Avoid: a memory as long as the run, without a warm-up: the first weights never fade.
     """
 
     decay: float = 0.99

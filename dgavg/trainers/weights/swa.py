@@ -36,7 +36,9 @@ class SWA(Trainer):
     - `anneal` (10): epochs.
     - `batchnorm` (`recalibrate`, as the paper): `keep`, `average` or `recalibrate`.
 
-    Cost: one copy of the weights in float32; a pass over the training images an evaluation.
+    Cost: one copy of the weights; a pass over the training images an evaluation.
+
+    Avoid: with few epochs left after `start`: `sma` averages every iterate for the same memory.
     """
 
     start: float = fixed(0.5)

@@ -36,9 +36,10 @@ class SWAD(Trainer):
       that count.
     - `batchnorm` (`recalibrate`): `keep`, `average` or `recalibrate`; frozen layers stay.
 
-    Cost: one pass over the weights a step; 3 copies of them in float32, with `rule=code` as many as
-    the larger of `n_tolerance` and `n_converge`; a pass over the training images an evaluation.
-    Evaluate often, 10 times at least: a valley is as fine as the evaluations are. Where the loss
+    Cost: one pass over the weights a step, 3 copies of them. With `rule=code` as many copies as the
+    larger of `n_tolerance` and `n_converge`; a pass over the training images an evaluation.
+
+    Avoid: with fewer than 10 evaluations, since a valley is as fine as they are. Where the loss
     falls to the end there is no valley, and `sma` or `ema` average more.
     """
 
