@@ -31,6 +31,7 @@ from dgavg.config import CONF, explained, plain, register
 from dgavg.config.schema import link_schema
 from dgavg.data import DATASETS
 from dgavg.errors import UserError, unknown
+from dgavg.matrix import page
 from dgavg.models import MODELS
 from dgavg.settings import keyword_settings
 
@@ -207,7 +208,10 @@ def _say(text: str) -> None:
 
 
 def show_list(arguments: list[str]) -> None:
-    """Print the trainers, data sets, models or protocols there are, or the card of one of them."""
+    """Print the trainers, data sets, models or protocols there are, or the card of one of them.
+
+    `pairs` prints the page of all pairs of trainers.
+    """
     kinds: dict[str, Callable[[], dict[str, str]]] = {
         "trainers": lambda: {k: card(k).text for k in known_trainers()},
         "data": lambda: {k: inspect.getdoc(v) or "" for k, v in sorted(DATASETS.items())},
@@ -218,10 +222,15 @@ def show_list(arguments: list[str]) -> None:
         },
     }
     if not 1 <= len(arguments) <= 2:
-        raise UserError("list what? Write dgavg list trainers|data|models|protocols [NAME]")
+        raise UserError(
+            "list what? Write dgavg list trainers|data|models|protocols [NAME], or pairs"
+        )
     kind, *names = arguments
+    if arguments == ["pairs"]:
+        print(page(), end="")
+        return
     if kind not in kinds:
-        raise unknown("list", kind, kinds)
+        raise unknown("list", kind, [*kinds, "pairs"])
     entries = kinds[kind]()
     for name in names:
         if name not in entries:

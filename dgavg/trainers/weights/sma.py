@@ -22,7 +22,7 @@ class SMA(Trainer):
     Cost: one copy of the weights, one pass over them a step. Pays once training moves around a
     plateau.
 
-    Avoid: an early start in a run that still improves at its end: the first steps are dragged along.
+    Avoid: an early start in a run that still improves at its end: it drags the first steps along.
     """
 
     start: float = fixed(100)
