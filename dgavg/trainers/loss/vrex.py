@@ -12,7 +12,7 @@ from dgavg.trainers.loss.checks import check_weight
 
 @trainer("vrex", min_domains=2)
 class VREx(Trainer):
-    """Risk extrapolation: the variance of the domains' risks (Krueger et al. 2021, arXiv 2003.00688).
+    """Risk extrapolation: the variance of domain risks (Krueger et al. 2021, arXiv 2003.00688).
 
     Adds weight · mean over domains of (risk − mean risk)².
 
