@@ -82,7 +82,13 @@ class SWA(Trainer):
         )
 
     def setup(self, run: Run) -> None:
-        """Make room for the average."""
+        """Make room for the average; refuse cycles that would rise to their low end."""
+        cycles = self.schedule in ("cyclic", "triangle") and self.lr_high is None
+        require(
+            not cycles or self.lr_final is None or self.lr_final <= run.base_lr,
+            f"trainer.swa.lr_final={self.lr_final}: at most the initial rate, {run.base_lr}, "
+            "or set trainer.swa.lr_high",
+        )
         options = by_epoch(self, run)
         self.first = run.step_of(self.start, "trainer.swa.start")
         self.period = self.every * run.epoch_length
@@ -96,16 +102,20 @@ class SWA(Trainer):
         if final is None:
             return initial
         if self.schedule == "cyclic":
-            return cyclic_lr(t, self.cycles_from, self.period, initial, final, self.lr_high)
+            high = self._high(final + 0.25 * (initial - final))
+            return cyclic_lr(t, self.cycles_from, self.period, initial, final, high)
         if self.schedule == "triangle":
-            high = initial if self.lr_high is None else self.lr_high
-            before = t < self.cycles_from
+            before, high = t < self.cycles_from, self._high(initial)
             return initial if before else fge_lr(t, self.cycles_from, self.period, high, final)
         if self.schedule in ("linear", "cosine"):
             length = self.anneal * run.epoch_length
             return annealed_lr(t, self.first, length, initial, final, self.schedule)
         total = run.steps if self.schedule == "late" else None
         return swa_lr(t, self.first, initial, final, total=total)
+
+    def _high(self, default: float) -> float:
+        """Where a cycle begins; never below its end, to which a schedule may bring the default."""
+        return max(default, self.lr_final or 0.0) if self.lr_high is None else self.lr_high
 
     def after_epoch(self, run: Run) -> None:
         """Take in the weights."""

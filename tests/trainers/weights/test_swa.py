@@ -111,6 +111,17 @@ def test_triangles_are_low_where_weights_count():
     assert found[8] == found[16] == found[24] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("schedule", ["cyclic", "triangle"])
+def test_cycles_stay_at_their_low_end_once_the_schedule_has_fallen_below_it(schedule):
+    settings = {"start": 8, "lr_final": 0.05, "schedule": schedule}
+    run = run_of("swa_basic", {"swa": settings}, steps=24, schedule=lambda t: 1 - t / 24)
+    found = []
+    fit(run, after_step=lambda run: found.append(run.optimizer.param_groups[0]["lr"]))
+    assert found[16:] == pytest.approx([0.05] * 8)
+    with pytest.raises(UserError, match=r"swa.lr_final=0.2: at most the initial rate, 0.1, or set"):
+        run_of("swa_basic", {"swa": {**settings, "lr_final": 0.2}}, steps=24)
+
+
 def test_without_an_end_the_rate_is_the_schedules():
     assert rates() == pytest.approx([0.1 * (1 - t / 40) for t in range(20)])
 
