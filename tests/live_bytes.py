@@ -16,9 +16,29 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live, self.peak = {}, 0
 
+    def __enter__(self):
+        self._frombuffer = torch.frombuffer  # which no dispatch mode sees
+        torch.frombuffer = self._counted
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.frombuffer = self._frombuffer
+        return super().__exit__(*error)
+
+    def _counted(self, *args, **kwargs):
+        found = self._frombuffer(*args, **kwargs)
+        self._note(found, given=set())
+        return found
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+        kwargs = kwargs or {}
+        found = function(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        given = {id(t.untyped_storage()) for t in leaves if isinstance(t, torch.Tensor)}
+        self._note(found, given)
+        return found
+
+    def _note(self, found, given):
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
@@ -26,4 +46,3 @@ class LiveBytes(TorchDispatchMode):
                     self.live[id(storage)] = storage.nbytes()
                     weakref.finalize(storage, self.live.pop, id(storage), None)
         self.peak = max(self.peak, sum(self.live.values()))
-        return found

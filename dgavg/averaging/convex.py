@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgavg.averaging.average import WeightAverage
 from dgavg.averaging.pairs import Pairs, moved, room
-from dgavg.averaging.parameters import check_same, wide
+from dgavg.averaging.parameters import check_same, common, wide
 
 
 class ConvexMean(WeightAverage):
@@ -53,9 +53,7 @@ class ConvexMean(WeightAverage):
         self._mean = room(live, [wide(t.dtype) for t in live], self._devices(live))
 
     def _follow(self, live: list[Tensor]) -> None:
-        dtypes = [
-            torch.promote_types(m.dtype, t.dtype) for m, t in zip(self._mean, live, strict=True)
-        ]
+        dtypes = [common(m.dtype, t.dtype) for m, t in zip(self._mean, live, strict=True)]
         self._mean = moved(self._mean, live, dtypes, self._devices(live))
 
     def _take(self, live: list[Tensor]) -> None:

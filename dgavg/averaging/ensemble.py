@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dgavg.averaging.mixture import Source, tensors_of
+from dgavg.averaging.parameters import wide
 
 
 @torch.no_grad()
@@ -28,14 +29,14 @@ def ensemble(models: Iterable[Source], logits: Callable[[dict[str, Tensor]], Ten
         if not isinstance(found, Tensor) or not found.is_floating_point():
             raise ValueError(f"the logits of models[{i}] are no floating tensor (N, classes)")
         if total is None:
-            total = found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
+            total = found.to(wide(found.dtype), copy=True)
         elif found.shape != total.shape:
             raise ValueError(
                 f"the logits of models[{i}] are {tuple(found.shape)}, those before "
                 f"{tuple(total.shape)}"
             )
         else:
-            total += found.to(total.device)
+            total += found.to(total.device, wide(found.dtype))
     if total is None:
         raise ValueError("no models: an ensemble needs at least one")
     return total

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dgavg.averaging.average import WeightAverage
 from dgavg.averaging.batchnorm import pass_on, recalibrate_batchnorm
+from dgavg.averaging.flat import zeros
 from dgavg.averaging.lent import lent
-from dgavg.averaging.parameters import Named, all_tensors, plain_name, wide
+from dgavg.averaging.parameters import Named, buffers_of, common, plain_name, wide
 from dgavg.averaging.vector import Layout
 
 CHUNK = 1 << 18  # numbers at a time: what is done with them finds them in a CPU's cache
@@ -62,16 +63,20 @@ class GaussianPosterior(WeightAverage):
             raise ValueError(f"deviation_dtype={deviation_dtype}: choose one of {kinds}")
         self.rank, self.var_clamp, self.deviation_dtype = int(rank), var_clamp, deviation_dtype
         super().__init__(source, **options)
-        buffers = _buffers(source, options.get("buffer_names"))
+        given = options.get("buffer_names")
+        if given is None:
+            buffers = buffers_of(source) if isinstance(source, nn.Module) else frozenset()
+        else:
+            buffers = frozenset(plain_name(name, self.tracked.like) for name in given)
         self._still = [i for i, name in enumerate(self.tracked.averaged) if name in buffers]
 
     def _allocate(self, live: list[Tensor]) -> None:
         self._layout = Layout(live)
         dtype, device = _kind(live, torch.float32), self._place(live)
-        self._mean = torch.zeros(self._layout.size, dtype=dtype, device=device)
-        self._m2 = torch.zeros_like(self._mean)  # the sum of squared deviations
-        rows = (self.rank, self._layout.size)
-        self._ring = torch.zeros(rows, dtype=self.deviation_dtype or dtype, device=device)
+        size = self._layout.size
+        self._mean, self._m2 = zeros([size, size], dtype, device)  # m2: squared deviations, summed
+        ring = zeros([self.rank * size], self.deviation_dtype or dtype, device)[0]
+        self._ring = ring.view(self.rank, size)
 
     def _follow(self, live: list[Tensor]) -> None:
         dtype, device = _kind(live, self._mean.dtype), self._place(live)
@@ -280,13 +285,6 @@ class GaussianPosterior(WeightAverage):
         return torch.cat(total) / samples
 
 
-def _buffers(source: nn.Module | Named, given: Iterable[str] | None) -> set[str]:
-    """The plain names of the buffers of `source`; those of a mapping are `given`."""
-    if given is None and isinstance(source, nn.Module):
-        return all_tensors(source).keys() - all_tensors(dict(source.named_parameters())).keys()
-    return {plain_name(name) for name in given or ()}
-
-
 class _Step(NamedTuple):
     """A stretch of the vector: its moments, room for its deviations, what it is read from."""
 
@@ -301,7 +299,7 @@ class _Step(NamedTuple):
 def _kind(live: list[Tensor], dtype: torch.dtype) -> torch.dtype:
     """What holds `dtype` and every tensor of `live`."""
     for t in live:
-        dtype = torch.promote_types(dtype, wide(t.dtype))
+        dtype = common(dtype, wide(t.dtype))
     return dtype
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.average import WeightAverage
-from dgavg.averaging.parameters import Named, wide
+from dgavg.averaging.pairs import moved, room
+from dgavg.averaging.parameters import Named, common, wide
 
 
 class LatestMean(WeightAverage):
@@ -29,19 +30,15 @@ class LatestMean(WeightAverage):
         super().__init__(source, **options)
 
     def _allocate(self, live: list[Tensor]) -> None:
-        self._latest = [
-            [torch.zeros_like(t, device=self.device or t.device) for t in live]
-            for _ in range(self.k)
+        dtypes = [t.dtype for t in live]
+        self._latest: list[list[Tensor]] = [
+            room(live, dtypes, self._devices(live)) for _ in range(self.k)
         ]
 
     def _follow(self, live: list[Tensor]) -> None:
-        self._latest = [
-            [
-                m.to(self.device or t.device, torch.promote_types(m.dtype, t.dtype))
-                for m, t in zip(kept, live, strict=True)
-            ]
-            for kept in self._latest
-        ]
+        kept = self._latest[0]
+        dtypes = [common(m.dtype, t.dtype) for m, t in zip(kept, live, strict=True)]
+        self._latest = [moved(m, live, dtypes, self._devices(live)) for m in self._latest]
 
     def _take(self, live: list[Tensor]) -> None:
         if live:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dgavg.averaging.mixture import Mixture, Source, require_same, tensors_of
-from dgavg.averaging.parameters import named_tensors, plain_name, real
+from dgavg.averaging.parameters import named_tensors, names_of, real, wide
 
 Loss = Callable[..., Tensor]
 
@@ -111,8 +111,9 @@ class _Learner:
         self.logits = torch.zeros(
             len(self.layers), len(models), dtype=torch.float64, requires_grad=True
         )
-        self.parameters = {k: plain_name(k) for k, _ in model.named_parameters()}  # tied ones once
-        buffers = {k: plain_name(k) for k, _ in model.named_buffers()}
+        plain = names_of(model)
+        self.parameters = {k: plain[k] for k, _ in model.named_parameters()}  # tied ones once
+        buffers = {k: plain[k] for k, _ in model.named_buffers()}
         self.buffers = {k: p for k, p in buffers.items() if p in saved}
         self.device = {p: saved[p].device for p in saved}
 
@@ -144,7 +145,7 @@ class _Learner:
         for tensor, gradient in zip(others, found[len(leaves) :], strict=True):
             tensor.grad = gradient
         gradients = {
-            plain_name(k): (g, leaf.detach())
+            self.parameters[k]: (g, leaf.detach())
             for (k, leaf), g in zip(leaves.items(), found, strict=False)
             if g is not None
         }
@@ -177,5 +178,5 @@ def _is_float(tensor: Tensor) -> bool:
 def _dot(gradient: Tensor, end: Tensor, start: Tensor) -> Tensor:
     """⟨gradient, end − start⟩, real, in at least float32."""
     gradient, end, start = real(gradient), real(end), real(start)
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return (gradient.to(wide) * (end.to(start.device, wide) - start.to(wide))).sum()
+    dtype = wide(gradient.dtype)
+    return (gradient.to(dtype) * (end.to(start.device, dtype) - start.to(dtype))).sum()

@@ -8,7 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dgavg.averaging.parameters import Named, check_same, named_tensors, real, same_memory
+from dgavg.averaging.parameters import (
+    Named,
+    check_same,
+    named_tensors,
+    real,
+    same_memory,
+    same_values,
+    wide,
+)
 
 Source: TypeAlias = nn.Module | Named | Callable[[], nn.Module | Named]
 """A module, its tensors by name, or a function that loads them: then one is in memory at a time."""
@@ -39,20 +47,22 @@ def require_same(tensors: Named, place: str, like: Named, other: str) -> None:
         raise ValueError(f"{place} and {other} differ: {error}") from None
 
 
-def mix(start: Tensor, end: Tensor, rate: float) -> Tensor:
-    """start + rate·(end − start) in new memory; what is equal in both stays so, infinities too."""
-    end = end.to(start.device, start.dtype)
+def move(start: Tensor, end: Tensor, rate: float) -> Tensor:
+    """start + rate·(end − start), in place; what is equal in both stays so, infinities too."""
     if rate in (0.0, 1.0):
-        return (end if rate else start).clone()
-    return torch.where(start == end, start, torch.lerp(start, end, rate))
+        return start.copy_(end) if rate else start
+    end = end.to(start.device, start.dtype)
+    same = start == end
+    return torch.where(same, end, start.lerp_(end, rate), out=start)
 
 
 class Mixture:
     """A combination of models, begun with one and moved towards others by `add`.
 
     Floating and complex tensors are mixed in at least float32, each tied one once; integers and
-    booleans are those of the model added last. Holds one model in that precision, and one tensor
-    more while it works. `place` is what messages call the model.
+    booleans are those of the model added last. Holds one model in that precision; while it works, a
+    tensor where it converts and a boolean for each number of one. `place` is what messages call the
+    model.
     """
 
     def __init__(self, tensors: Named, place: str) -> None:
@@ -81,7 +91,7 @@ class Mixture:
         for name, held in self._held.items():
             step = rate if isinstance(rate, float) else rate[name]
             if self._numeric(name):
-                self._held[name] = mix(held, real(tensors[name]), step)
+                move(held, real(tensors[name]), step)
             elif integers:
                 self._held[name] = tensors[name].to(held.device, copy=True)
 
@@ -90,7 +100,7 @@ class Mixture:
         """The weights that there would be after `add`, in memory of their own."""
         self._check(tensors, place)
         mixed = {
-            name: self._narrow(name, mix(held, real(tensors[name]), rate))
+            name: self._narrow(name, move(held.clone(), real(tensors[name]), rate))
             if self._numeric(name)
             else tensors[name].to(held.device, copy=True)
             for name, held in self._held.items()
@@ -119,7 +129,7 @@ class Mixture:
                     f"{like.dtype} in the other"
                 )
             tied = same_memory(tensor) == same_memory(tensors[owner])
-            if not tied and not torch.equal(tensor, tensors[owner]):
+            if not tied and not same_values(tensor, tensors[owner]):
                 raise ValueError(
                     f"{place} and {self._place} differ: {owner} and {name} are tied in the latter"
                 )
@@ -138,4 +148,4 @@ def _wide(tensor: Tensor) -> Tensor:
     if not _is_numeric(tensor):
         return tensor.clone()
     numbers = real(tensor)
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32), copy=True)
+    return numbers.to(wide(numbers.dtype), copy=True)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgavg.averaging.flat import as_one, groups, is_dense, runs, side_by_side
+from dgavg.averaging.flat import (
+    ALIGN,
+    as_one,
+    groups,
+    is_dense,
+    laid_out,
+    length,
+    runs,
+    zeros,
+)
 
 SMALL = 1 << 11  # numbers: up to here a call of its own costs more than gathering a tensor
 PACK = 1 << 16  # numbers gathered at once: they stay in the cache
@@ -42,27 +51,27 @@ def room(
     like: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
 ) -> Room:
     """Zeros of the shapes and strides of `like`: its runs as runs, small tensors side by side."""
-    found: dict[int, Tensor] = {}
-
-    def place(part: list[int], **align: int) -> None:
-        first = part[0]
-        tensors = side_by_side([like[i] for i in part], dtypes[first], devices[first], **align)
-        found.update(zip(part, tensors, strict=True))
 
     def kind(i: int) -> Kind:
         return _kind(dtypes[i], devices[i], like[i])
 
+    parts: list[tuple[list[int], int]] = []  # what shares a buffer, and how it is aligned
     single: list[int] = []
     for run in runs(like):
         if len(run) > 1 and len({kind(i) for i in run}) == 1:
-            place(run)
+            parts.append((run, ALIGN))
         else:
             single += run
     small = sorted((i for i in sorted(single) if _is_small(like[i])), key=kind)
-    for i in set(single).difference(small):
-        place([i])
-    for _, part in groupby(small, key=kind):
-        place(list(part), align=1)
+    parts += [([i], ALIGN) for i in sorted(set(single).difference(small))]
+    parts += [(list(part), 1) for _, part in groupby(small, key=kind)]
+    found: dict[int, Tensor] = {}
+    for where in dict.fromkeys(zip(dtypes, devices, strict=True)):
+        here = [p for p in parts if (dtypes[p[0][0]], devices[p[0][0]]) == where]
+        shapes = [([like[i] for i in part], align) for part, align in here]
+        flats = zeros([length(*shape) for shape in shapes], *where)
+        for (part, _), flat, shape in zip(here, flats, shapes, strict=True):
+            found.update(zip(part, laid_out(flat, *shape), strict=True))
     return Room(found[i] for i in range(len(like)))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +12,62 @@ from torch.nn.parameter import is_lazy
 Named = Mapping[str, Tensor]
 
 
-def plain_name(name: str) -> str:
+def plain_name(name: str, known: Container[str] = ()) -> str:
     """A parameter's name without the prefixes of distributed and compiled models and parts.
+
+    `module.` goes as often as it takes to make one of the `known` names.
 
     >>> plain_name("_orig_mod.module.layer.weight"), plain_name("layer._orig_mod.weight")
     ('layer.weight', 'layer.weight')
+    >>> plain_name("module.module.weight", known=["module.weight", "head.weight"])
+    'module.weight'
     """
     name = name.replace("_orig_mod.", "")  # of torch.compile, on a part of the model too
-    while name.startswith("module."):  # of DataParallel, always outermost
+    while name not in known and name.startswith("module."):  # of DataParallel, always outermost
         name = name.removeprefix("module.")
     return name
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """`plain_name` of each of all the names of a model: `module.` goes where every name has it.
+
+    >>> plain_names(["module.module.weight", "module.head.weight"])
+    {'module.module.weight': 'module.weight', 'module.head.weight': 'head.weight'}
+
+    Raises `ValueError` where two names differ in such prefixes alone.
+    """
+    found = {name: name.replace("_orig_mod.", "") for name in names}
+    while found and all(plain.startswith("module.") for plain in found.values()):
+        found = {name: plain.removeprefix("module.") for name, plain in found.items()}
+    if len(set(found.values())) != len(found):
+        raise ValueError("two tensors have the same name but for '_orig_mod.'")
+    return found
+
+
+def names_of(model: nn.Module) -> dict[str, str]:
+    """The plain names of all parameters and buffers, those it does not save too, by their own."""
+    return plain_names(name for name, _ in _walk(model))
+
+
+def buffers_of(model: nn.Module) -> frozenset[str]:
+    """The plain names of the buffers."""
+    plain = names_of(model)
+    parameters = {plain[k] for k, _ in model.named_parameters(remove_duplicate=False)}
+    return frozenset(plain.values()) - parameters
 
 
 def named_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
     """Parameters and persistent buffers by plain name, as aliases of the live tensors.
 
+    What else a state dict may hold (`get_extra_state`, a tensor or not) is left out.
+
     Raises `ValueError` where two names differ in such prefixes alone.
     """
-    tensors = source.state_dict() if isinstance(source, nn.Module) else source
-    return _plain(tensors)
+    if not isinstance(source, nn.Module):
+        return _plain(_tensors(source))
+    plain, saved = names_of(source), _tensors(source.state_dict())
+    plain |= {} if saved.keys() <= plain.keys() else plain_names({**plain, **saved})
+    return {plain[name]: tensor for name, tensor in saved.items()}
 
 
 def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
@@ -37,7 +75,7 @@ def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
 
     Raises `ValueError` for tensors that can't be averaged: lazy ones without a shape, sparse ones.
     """
-    found = dict(_walk(source)) if isinstance(source, nn.Module) else source
+    found = dict(_walk(source)) if isinstance(source, nn.Module) else _tensors(source)
     for name, tensor in found.items():
         if is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: run one batch before you make an average")
@@ -48,10 +86,12 @@ def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
 
 def unsaved_names(model: nn.Module) -> set[str]:
     """The plain names of the buffers that `model.state_dict()` leaves out."""
+    plain = names_of(model)
     return {
-        plain_name(f"{prefix}.{key}" if prefix else key)
+        plain[f"{prefix}.{key}" if prefix else key]
         for prefix, module in model.named_modules(remove_duplicate=False)
         for key in module._non_persistent_buffers_set
+        if module._buffers.get(key) is not None
     }
 
 
@@ -64,11 +104,18 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield (f"{prefix}.{key}" if prefix else key), tensor
 
 
+def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries of a state dict without the extra state of modules, which may be anything."""
+    tensors = {name: entry for name, entry in found.items() if isinstance(entry, Tensor)}
+    if found and not tensors:
+        first = next(iter(found))
+        raise ValueError(f"no tensors, {first} is {type(found[first]).__name__}: give a state dict")
+    return {k: t for k, t in tensors.items() if k.rpartition(".")[2] != "_extra_state"}
+
+
 def _plain(tensors: Named) -> dict[str, Tensor]:
-    plain = {plain_name(k): v for k, v in tensors.items()}
-    if len(plain) != len(tensors):
-        raise ValueError("two tensors have the same name but for 'module.' or '_orig_mod.'")
-    return plain
+    plain = plain_names(tensors)
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def same_memory(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -83,7 +130,25 @@ def real(tensor: Tensor) -> Tensor:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What to sum numbers of `dtype` in: bfloat16 and float16 averages stand still."""
-    return torch.promote_types(dtype, torch.float32)
+    return common(dtype, torch.float32)
+
+
+def common(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """What holds the numbers of both; those of 8 bits too, which torch does not promote."""
+    if one == other:
+        return one
+    one, other = (
+        torch.bfloat16 if d.is_floating_point and d.itemsize == 1 else d for d in (one, other)
+    )
+    return torch.promote_types(one, other)
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """`torch.equal` across devices and dtypes, in the latter of `one`; floats of 8 bits too."""
+    other = other.to(one.device, one.dtype)
+    if one.is_floating_point() and one.dtype.itemsize == 1:
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)
 
 
 def check_same(mine: Named, theirs: Named) -> None:

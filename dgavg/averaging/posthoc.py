@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.convex import ConvexMean
-from dgavg.averaging.parameters import Named
+from dgavg.averaging.parameters import Named, common
 from dgavg.averaging.vector import Layout
 
 LONGEST = 1 / math.sqrt(12)  # of the uniform mean, γ = 0
@@ -43,8 +43,8 @@ def power_of(length: float) -> float:
 class PowerMean(ConvexMean):
     """A power-function average of relative `length`: a ← β·a + (1 − β)·w, β = (1 − 1/n)^(γ+1).
 
-    n counts the updates that count, so an `interval` leaves the length as it is. Other options and
-    memory: see `WeightAverage`.
+    n counts the updates that count, so an `interval` leaves the length as it is. Other options:
+    see `WeightAverage`; memory: see `ConvexMean`.
     """
 
     def __init__(self, source: nn.Module | Named, *, length: float = 0.1, **options: Any) -> None:
@@ -184,7 +184,7 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
     """What holds the numbers of all of them."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = common(dtype, tensor.dtype)
     return dtype
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dgavg.averaging.flat import is_dense, padded
-from dgavg.averaging.parameters import wide
+from dgavg.averaging.flat import is_dense, padded, zeros
+from dgavg.averaging.parameters import common, wide
 
 CHUNK = 1 << 17  # numbers of one sample at once, so that sums in float32 stay exact
 BUFFER = 1 << 19  # numbers that are float64 at once
@@ -69,7 +69,7 @@ class Samples:
             offsets.append(sizes[key])
             sizes[key] += padded(t.numel())
         rings = {
-            (kind, counts): torch.zeros(k, size, dtype=kind[0], device=kind[1])
+            (kind, counts): zeros([k * size], *kind)[0].view(k, size)
             for (kind, counts), size in sizes.items()
         }
         self.rings = list(rings.values())
@@ -90,7 +90,7 @@ class Samples:
         """The same samples on `device` or where `live` is, in its precision if that is higher."""
         now = [(p.ring.dtype, p.ring.device) for p in self.places]
         kinds = [
-            (torch.promote_types(dtype, t.dtype), device or t.device)
+            (common(dtype, t.dtype), device or t.device)
             for (dtype, _), t in zip(now, live, strict=True)
         ]
         if kinds == now:

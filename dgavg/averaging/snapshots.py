@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dgavg.averaging.parameters import named_tensors, plain_name, real
+from dgavg.averaging.parameters import common, names_of, plain_name, real, wide
 
 COUNT = ".n"  # no parameter's name begins with a dot
 
@@ -42,8 +42,9 @@ def copy_parameters(
     parameters = _parameters(model)
     if values is None:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    aliases = named_tensors(dict(model.named_parameters(remove_duplicate=False)))
-    given = {plain_name(k): v for k, v in values.items() if k != COUNT}
+    plain = names_of(model)
+    aliases = {plain[k]: p for k, p in model.named_parameters(remove_duplicate=False)}
+    given = {plain_name(k, aliases): v for k, v in values.items() if k != COUNT}
     sources = {k: _source(k, aliases[k], v) for k, v in given.items() if k in aliases}
     for name, source in sources.items():
         aliases[name].copy_(source)
@@ -74,8 +75,8 @@ def average_parameters(model: nn.Module, averages: dict[str, Tensor]) -> None:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             averages[name].copy_(parameter)
             continue
-        dtype = torch.promote_types(averages[name].dtype, parameter.dtype)
-        averages[name] = averages[name].to(torch.promote_types(dtype, torch.float32))
+        dtype = wide(common(averages[name].dtype, parameter.dtype))
+        averages[name] = averages[name].to(dtype)
         means.append(real(averages[name]))
         live.append(real(parameter.to(averages[name])))
     if means:
@@ -85,7 +86,8 @@ def average_parameters(model: nn.Module, averages: dict[str, Tensor]) -> None:
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters by plain name, tied ones once."""
-    parameters = named_tensors(dict(model.named_parameters()))
+    plain = names_of(model)
+    parameters: dict[str, Tensor] = {plain[k]: p for k, p in model.named_parameters()}
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise ValueError(f"{name} has no shape yet: run one batch through the model first")

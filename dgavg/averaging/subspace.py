@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.average import WeightAverage
-from dgavg.averaging.parameters import Named, all_tensors, plain_name, real, same_memory
+from dgavg.averaging.parameters import Named, buffers_of, names_of, plain_name, real, same_memory
 from dgavg.averaging.samples import Samples
 
 FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding
@@ -68,9 +68,8 @@ class WeightSubspace(WeightAverage):
             raise ValueError(f"k={k}: a number of models from 1 on")
         self.k, self.centred = k, centred
         if isinstance(source, nn.Module) and buffer_names is None:
-            weights = all_tensors(dict(source.named_parameters(remove_duplicate=False)))
-            buffer_names = frozenset(all_tensors(source).keys() - weights.keys())
-        self._buffers = {plain_name(name) for name in buffer_names or ()}
+            buffer_names = buffers_of(source)
+        self._buffer_names = buffer_names or ()
         self._coefficients = torch.zeros(k, dtype=torch.float64)
         self._basis: Tensor | None = None
         super().__init__(source, buffer_names=buffer_names, **options)
@@ -149,7 +148,7 @@ class WeightSubspace(WeightAverage):
         Raises `ValueError` before the first update that counts.
         """
         self.check_started()
-        live, copied = self._find(target)
+        live, copied = self.tracked.peek(target)
         self._mix(coefficients, live)
         if copied:
             torch._foreach_copy_(copied, self._copied)
@@ -160,7 +159,8 @@ class WeightSubspace(WeightAverage):
         self._basis = None
 
     def _allocate(self, live: list[Tensor]) -> None:
-        counted = [name not in self._buffers for name in self.tracked.averaged]
+        buffers = {plain_name(name, self.tracked.like) for name in self._buffer_names}
+        counted = [name not in buffers for name in self.tracked.averaged]
         self._samples = Samples.room_for(self.k, live, self.device, counted)
 
     def _follow(self, live: list[Tensor]) -> None:
@@ -198,13 +198,14 @@ class WeightSubspace(WeightAverage):
     def _by_index(self, gradients: Gradients) -> dict[int, Tensor]:
         """Gradients by the index of the tensor, complex ones as real pairs; tied ones summed."""
         if isinstance(gradients, nn.Module):
-            gradients = {k: p.grad for k, p in gradients.named_parameters()}
+            plain = names_of(gradients)
+            gradients = {plain[k]: p.grad for k, p in gradients.named_parameters()}
         places = self._samples.places
         index = {k: i for i, k in enumerate(self.tracked.averaged) if places[i].counted}
         found: dict[int, Tensor] = {}
         seen = set()
         for key, gradient in gradients.items():
-            name = plain_name(key)
+            name = plain_name(key, self.tracked.owner)
             if name not in self.tracked.owner:
                 raise ValueError(f"a gradient of {name}, which the model does not have")
             if gradient is None or self.tracked.owner[name] not in index:

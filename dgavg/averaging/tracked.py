@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from dgavg.averaging.parameters import (
     Named,
     all_tensors,
+    buffers_of,
     check_same,
     plain_name,
     real,
     same_memory,
+    same_values,
     unsaved_names,
 )
 
@@ -52,11 +54,10 @@ class Tracked:
         tensors = all_tensors(source)
         if isinstance(source, nn.Module):
             self.unsaved = unsaved_names(source)
-            weights = dict(source.named_parameters(remove_duplicate=False))
-            buffer_names = buffer_names or frozenset(tensors.keys() - all_tensors(weights).keys())
+            buffer_names = buffer_names or buffers_of(source)
         else:
             self.unsaved = set()
-        names = {plain_name(k) for k in buffer_names or ()}
+        names = {plain_name(k, tensors) for k in buffer_names or ()}
         seen: dict[Any, str] = {}
         self.owner = {k: seen.setdefault(same_memory(t), k) for k, t in tensors.items()}
         self.averaged: list[str] = []
@@ -142,7 +143,7 @@ def _policy(buffers: Policy, name: str) -> str:
 def _check_tied(tensors: Named, name: str, owner: str) -> None:
     """Copies of tied tensors will do, as long as they are equal."""
     one, other = tensors[name].detach(), tensors[owner].detach()
-    if same_memory(one) != same_memory(other) and not one.equal(other.to(one.device, one.dtype)):
+    if same_memory(one) != same_memory(other) and not same_values(one, other):
         raise ValueError(f"{owner} and {name} were tied but now differ: make a new average")
 
 
@@ -179,4 +180,8 @@ class _Watch:
 
 
 def _layout(source: Named) -> list[tuple[Any, ...]]:
-    return [(k, t.data_ptr(), t.dtype, t.shape, t.stride()) for k, t in source.items()]
+    return [
+        (k, t.data_ptr(), t.dtype, t.shape, t.stride())
+        for k, t in source.items()
+        if isinstance(t, Tensor)
+    ]

@@ -67,7 +67,7 @@ class ValidatedMean(ConvexMean):
 
         Borrowed memory, until the next lookahead.
         """
-        live, copied = self._find(source)
+        live, copied = self.tracked.peek(source)
         self._ahead = self._ahead or empty_like(self._mean)
         Pairs(self._ahead, self._mean).copy()
         average, self._mean = self._mean, self._ahead

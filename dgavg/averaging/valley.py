@@ -86,7 +86,7 @@ class LossValley(ConvexMean):
             raise ValueError(f"loss={loss}: a loss from 0 on, as its rise is measured by a share")
         if self.ended or not self.sums.counts.get("segment"):
             return
-        live, _ = self._find(source)
+        live, _ = self.tracked.peek(source)
         self.rule.judge(self.sums, math.inf if math.isnan(loss) else loss, live)
         self._point_at_segment()
 

@@ -185,7 +185,7 @@ def test_buffers_of_a_compiled_model_are_told_by_their_own_names():
 
 
 def test_names_that_differ_in_a_prefix_alone_are_refused():
-    tensors = {"weight": torch.zeros(1), "module.weight": torch.ones(1)}
+    tensors = {"weight": torch.zeros(1), "_orig_mod.weight": torch.ones(1)}
     with pytest.raises(ValueError, match="two tensors have the same name"):
         RunningMean(tensors)
 

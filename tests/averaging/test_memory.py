@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from dgavg.averaging import (
     WeightAverage,
     flatten_parameters,
 )
+from dgavg.averaging.convex import ConvexMean
+from dgavg.averaging.flat import zeros
 
 PACK, CHUNK = 1 << 12, 1 << 15  # numbers; as those of dgavg, in proportion to the model
 SLACK = 4 * PACK + 4096  # what is gathered at once, and rounding up to where tensors start
@@ -134,9 +137,26 @@ def test_neither_the_model_nor_its_average_is_copied_by_a_saved_state():
     assert peak == 0
 
 
+def test_what_is_counted():
+    one, other = torch.ones(1000), torch.ones(1000)
+    taken_by_sum, _, _ = taken(lambda: torch.add(one, other))
+    assert taken_by_sum == 4000
+    assert taken(lambda: torch.add(one, other, out=other))[0] == 0
+    assert taken(lambda: torch.where(one > 0, one, other, out=other))[0] == 1000
+    peak, held, found = taken(lambda: zeros([1 << 20, 1 << 19], torch.float32, one.device)[1])
+    assert (peak, held) == (6 << 20, 2 << 20)
+    assert len(found) == 1 << 19
+    before = torch.frombuffer
+    with LiveBytes():
+        pass
+    assert torch.frombuffer is before
+
+
 def test_every_average_says_what_memory_it_takes():
     kinds = {k: v for k, v in vars(averaging).items() if inspect.isclass(v)}
     for name, kind in kinds.items():
         if issubclass(kind, WeightAverage) and not inspect.isabstract(kind):
             documented = " ".join(k.__doc__ or "" for k in kind.__mro__ if k is not object)
             assert "Memory:" in documented or "memory:" in documented, name
+            for other in re.findall(r"memory: see `(\w+)`", documented):
+                assert "Memory:" in getattr(averaging, other, ConvexMean).__doc__, name

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from trajectories import assert_same, small_net, snapshot, walk, wander
 
-from dgavg.averaging import ExponentialMean, LatestMean, RunningMean, flatten_parameters
+from dgavg.averaging import (
+    ExponentialMean,
+    LatestMean,
+    LossValley,
+    RunningMean,
+    ValidatedMean,
+    WeightSubspace,
+    flatten_parameters,
+)
 
 ALL = [RunningMean, ExponentialMean, LatestMean]
 
@@ -293,3 +301,38 @@ def test_an_average_on_the_cpu_of_a_model_that_is_not(kind):
     with far.applied_to(twin):
         assert {p.device.type for p in twin.parameters()} == {"cuda"}
         assert_same({k: v.cpu() for k, v in snapshot(twin).items()}, average.weights())
+
+
+def looks_ahead(average, model):
+    average.lookahead(model)
+
+
+def is_told(average, model):
+    average.evaluated(model, 1.0)
+
+
+def writes(average, model):
+    average.copy_to(model)
+
+
+LOOKS = [
+    (WeightSubspace, writes),
+    (RunningMean, writes),
+    (ValidatedMean, looks_ahead),
+    (LossValley, is_told),
+]
+
+
+@pytest.mark.parametrize(("kind", "look"), LOOKS)
+def test_what_takes_no_weights_in_moves_no_average(kind, look):
+    """A copy of the model, in more bits here, may be written to or be the one that is scored."""
+    model = small_net()
+    average = kind(model)
+    for _ in walk(model, 3):
+        average.update(model)
+    before = {t.dtype for t in average.state_dict()["tensors"].values()}
+    seen = average.tracked._live
+    look(average, copy.deepcopy(model).double())
+    assert {t.dtype for t in average.state_dict()["tensors"].values()} == before
+    assert {t.dtype for t in average.weights().values()} == {torch.float32, torch.int64}
+    assert average.tracked._live is seen

@@ -180,7 +180,7 @@ REFUSED = {
     "a loader of nothing": ([lambda: None], r"models\[0\] is NoneType: give a module"),
     "an empty model": ([{}], r"models\[0\] has no tensors"),
     "twice": (
-        [{"w": torch.ones(1), "module.w": torch.ones(1)}],
+        [{"w": torch.ones(1), "_orig_mod.w": torch.ones(1)}],
         r"models\[0\]: two tensors have the same name",
     ),
 }
@@ -223,7 +223,8 @@ def test_a_uniform_soup_holds_the_mean_and_one_model(dtype):
     assert loaders.loads == [1] * 5
     assert soup["0"][0].item() == 2
     mean = 10 * SIZE * 4
-    assert memory.peak <= mean + loaders.size + 4 * SIZE * 4  # and a tensor at work
+    converted = 0 if dtype == torch.float32 else SIZE * 4
+    assert memory.peak <= mean + loaders.size + converted + SIZE + 100  # and what is equal in both
 
 
 # Greedy soups. A model is one number, and a score a function of the mean.
@@ -372,7 +373,7 @@ def test_a_greedy_soup_holds_the_mean_a_candidate_and_one_model(dtype):
     assert soup.members[0] == 2
     assert len(soup.tried) == 5
     mean = 10 * SIZE * 4
-    assert memory.peak <= mean + 2 * loaders.size + 4 * SIZE * 4
+    assert memory.peak <= mean + 2 * loaders.size + 2 * SIZE * 4 + SIZE + 100
 
 
 def test_what_is_no_greedy_soup_is_refused():

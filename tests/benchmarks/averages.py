@@ -3,8 +3,9 @@
 One process, one thread, CPU time; the variants take turns in an order shuffled each round, and
 figures are medians over rounds. `resnet50` has that model's tensors, where memory counts; in `tiny`
 each is cut to at most four numbers, so that only overhead counts. The limit adds one flat buffer of
-the parameters to another: read both, write one. Bare foreach is one lerp on lists of the parameters
-alone; the averages also copy 159 buffers.
+the parameters to another: read both, write one. dgavg's averages and flat parameters stand in huge
+pages, the rest in memory as torch gives it, so there is a limit of each kind. Bare foreach is one
+lerp on lists of the parameters alone; the averages also copy 159 buffers.
 
     python tests/benchmarks/averages.py [--rounds 40] [--only WORD ...]
 """
@@ -24,6 +25,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from dgavg.averaging import ExponentialMean, RunningMean, flatten_parameters
+from dgavg.averaging.flat import zeros
 
 Work = Mapping[str, Callable[[], object]]
 REPEATS = {"resnet50": 1, "tiny": 50}
@@ -63,8 +65,11 @@ def limits(model: nn.Module) -> dict[str, Callable[[], object]]:
     mean = [p.clone() for p in live]
     flat = torch.zeros(sum(p.numel() for p in live))
     other = torch.randn(len(flat))
+    huge, huge_other = zeros([len(flat)] * 2, flat.dtype, flat.device)
+    huge_other.copy_(other)
     return {
         "limit": lambda: flat.add_(other),
+        "limit in huge pages": lambda: huge.add_(huge_other),
         "bare foreach": lambda: torch._foreach_lerp_(mean, live, 0.001),
         "copy": lambda: torch._foreach_copy_(mean, live),
     }
