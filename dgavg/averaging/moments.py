@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from dgavg.averaging.parameters import wide
+
 
 class Moments:
     """Mean and squared deviations per channel of all rows a layer saw, merged batch by batch.
@@ -76,7 +78,7 @@ def _mean_and_variance(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
 
     On a CPU in two passes and what rounding left of the mean, a fifth of torch.var_mean's time.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide(x.dtype))
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x, dims, correction=0)
         return mean.to(_wide(x)), var.to(_wide(x))

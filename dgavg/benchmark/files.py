@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from dgavg.errors import UserError
 
@@ -73,7 +74,19 @@ def write_text(path: Path, text: str) -> None:
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint of tensors, numbers, strings, lists and dicts."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    with _without_checksums():
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """`torch.load` never looks at them, and they cost as much as the writing itself."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

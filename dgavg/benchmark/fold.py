@@ -227,6 +227,7 @@ class _Fold:
             eval_every=protocol["eval_every"],
             stopping=experiment.stopping,
             precision=experiment.precision,
+            clip=experiment.clip,
             seed=seed,
         )
         self.scorer = Scorer(
@@ -298,7 +299,9 @@ class _Fold:
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
         candidates = run.candidates()
-        scores = self.scorer.score(candidates)
+        # what `after_fit` leaves as it is need not be scored twice
+        again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
+        scores = self.scorer.score(candidates, keep=again)
         record = {
             "step": run.t,
             "phase": "after_fit" if run.closed else "fit",

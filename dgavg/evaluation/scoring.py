@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
-from dgavg.averaging.parameters import named_tensors, plain_name
+from dgavg.averaging.parameters import named_tensors, plain_names
 from dgavg.errors import require
 from dgavg.trainer import POLICIES, Candidate, Weights
 
@@ -38,6 +40,17 @@ class SplitScore:
     accuracy: float
     loss: float
     n: int
+
+
+Found = dict[str, SplitScore]  # by split
+
+
+class _Kept(NamedTuple):
+    """What a candidate was scored on, what that gave, and its running statistics then."""
+
+    digest: bytes
+    scores: Found
+    statistics: list[dict[str, Tensor]]  # of each member
 
 
 class Scorer:
@@ -64,27 +77,45 @@ class Scorer:
         self.batch_size, self.forward, self.held_out = batch_size, forward, held_out
         self._pool: list[nn.Module] = []  # twins made so far, to be lent again
         self._twins: dict[str, list[nn.Module]] = {}
+        self._kept: dict[str, _Kept] = {}
 
     @torch.no_grad()
-    def score(self, candidates: Mapping[str, Candidate]) -> dict[str, dict[str, SplitScore]]:
+    def score(self, candidates: Mapping[str, Candidate], *, keep: bool = False) -> dict[str, Found]:
         """Scores by candidate and split.
+
+        With `keep` the next call takes over what it would find again: the scores of a candidate
+        that has the same name, policy, tensors to the bit, and modes. It pays where weights may
+        have stood still, and costs a hash of every candidate in both calls.
 
         Raises `UserError` for an unknown batch-norm policy.
         """
-        places = itertools.count()
-        self._twins = twins = {
-            name: [
-                self._twin(next(places), name, candidate.batchnorm, weights)
-                for weights in candidate.members or (candidate.weights,)
-            ]
-            for name, candidate in candidates.items()
-        }
+        kept, self._kept = self._kept, {}
+        self._twins = twins = self._twins_of(candidates)
+        digests = {}
+        if keep or kept:
+            digests = {k: _digest(c, twins[k]) for k, c in candidates.items()}
+        same = {k: kept[k] for k, d in digests.items() if k in kept and kept[k].digest == d}
+        for name, before in same.items():
+            for twin, statistics in zip(twins[name], before.statistics, strict=True):
+                for key, tensor in statistics.items():
+                    twin.get_buffer(key).copy_(tensor)
+        new = {k: c for k, c in candidates.items() if k not in same}
         self._recalibrate(
-            [m for k, c in candidates.items() if c.batchnorm == "recalibrate" for m in twins[k]]
+            [m for k, c in new.items() if c.batchnorm == "recalibrate" for m in twins[k]]
         )
         for twin in itertools.chain(*twins.values()):
             twin.eval()
-        return self._by_candidate(twins, {k for k, c in candidates.items() if c.probe})
+        probes = {k for k, c in new.items() if c.probe}
+        found = self._by_candidate({k: twins[k] for k in new}, probes)
+        scores = {k: same[k].scores if k in same else found[k] for k in candidates}
+        if keep:
+            self._kept = {k: self._keeping(k, candidates[k], digests[k], scores[k]) for k in scores}
+        return scores
+
+    def _keeping(self, name: str, candidate: Candidate, digest: bytes, scores: Found) -> _Kept:
+        names = _statistics_names(self.model) if candidate.batchnorm == "recalibrate" else []
+        statistics = [{k: twin.get_buffer(k) for k in names} for twin in self._twins[name]]
+        return _Kept(digest, scores, statistics)
 
     def weights(self, name: str) -> Weights:
         """The weights that `name` was last scored with, recalibrated statistics included.
@@ -95,11 +126,13 @@ class Scorer:
 
     def _by_candidate(
         self, twins: Mapping[str, list[nn.Module]], probes: set[str]
-    ) -> dict[str, dict[str, SplitScore]]:
+    ) -> dict[str, Found]:
         sums: dict[tuple[str, str], Tensor] = {}
         for rows, images, labels in self._batches():
             held_out = not self.held_out.isdisjoint(rows)
             names = [name for name in twins if not (held_out and name in probes)]
+            if not names:
+                continue
             logits = torch.stack([self._prediction(twins[name], images) for name in names])
             right = (logits.argmax(dim=2) == labels).to(logits.dtype)
             wanted = labels.expand(len(names), -1)
@@ -110,9 +143,9 @@ class Scorer:
                 for name, found in zip(names, part.sum(dim=1), strict=True):
                     key = name, split
                     sums[key] = sums[key] + found if key in sums else found
-        values = torch.stack(list(sums.values())).tolist()  # the one host sync
+        values = torch.stack(list(sums.values())).tolist() if sums else []  # the one host sync
         found_by = dict(zip(sums, values, strict=True))
-        scores: dict[str, dict[str, SplitScore]] = {name: {} for name in twins}
+        scores: dict[str, Found] = {name: {} for name in twins}
         for name, split in itertools.product(twins, self.splits):
             if (name, split) in found_by:
                 n = len(self.splits[split].labels)
@@ -148,14 +181,30 @@ class Scorer:
             if batch:
                 yield _joined(batch)
 
-    def _twin(self, place: int, name: str, policy: str, tensors: Weights) -> nn.Module:
-        """A module of the model's structure with the given tensors; nothing is copied but the
-        statistics that are to be recalibrated."""
-        require(
-            policy in POLICIES,
-            f"candidate {name!r}: batch-norm policy {policy!r}; choose one of "
-            + ", ".join(POLICIES),
-        )
+    def _twins_of(self, candidates: Mapping[str, Candidate]) -> dict[str, list[nn.Module]]:
+        places = itertools.count()
+        live, statistics = self.model.state_dict(), _statistics_names(self.model)
+        names = {plain: k for k, plain in plain_names(live).items()}
+        found: dict[str, list[nn.Module]] = {}
+        for name, candidate in candidates.items():
+            policy = candidate.batchnorm
+            require(
+                policy in POLICIES,
+                f"candidate {name!r}: batch-norm policy {policy!r}; choose one of "
+                + ", ".join(POLICIES),
+            )
+            found[name] = []
+            for tensors in candidate.members or (candidate.weights,):
+                weights = {names.get(k, k): v for k, v in named_tensors(tensors).items()}
+                if policy == "keep":
+                    weights |= {k: live[k] for k in statistics}
+                elif policy == "recalibrate":
+                    weights |= {k: weights[k].clone() for k in statistics}
+                found[name].append(self._twin(next(places), weights))
+        return found
+
+    def _twin(self, place: int, weights: Weights) -> nn.Module:
+        """A module of the model's structure that holds the given tensors themselves."""
         if place == len(self._pool):
             self._pool.append(_copy_of(self.model))
         twin = self._pool[place]
@@ -163,19 +212,6 @@ class Scorer:
             mine.training = theirs.training
             for key in theirs._non_persistent_buffers_set:
                 mine._buffers[key] = theirs._buffers[key]
-        live = self.model.state_dict()
-        names = {plain_name(k): k for k in live}
-        weights = {names.get(k, k): v for k, v in named_tensors(tensors).items()}
-        statistics = [
-            f"{k}.{b}"
-            for k, m in self.model.named_modules(remove_duplicate=False)
-            if isinstance(m, _NormBase)
-            for b, _ in m.named_buffers(recurse=False)
-        ]
-        if policy == "keep":
-            weights |= {k: live[k] for k in statistics}
-        elif policy == "recalibrate":
-            weights |= {k: weights[k].clone() for k in statistics}
         twin.load_state_dict(weights, assign=True)
         return twin
 
@@ -205,3 +241,27 @@ def _copy_of(model: nn.Module) -> nn.Module:
     parts = (*model.parameters(), *model.buffers(), *itertools.chain(*held))
     shared = {id(t): t for t in parts if isinstance(t, Tensor)}
     return copy.deepcopy(model, memo=shared)
+
+
+def _statistics_names(model: nn.Module) -> list[str]:
+    """The names in `state_dict` of what batch-norm layers know of the data, under all of them."""
+    return [
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase)
+        for key, _ in module.named_buffers(recurse=False)
+    ]
+
+
+def _digest(candidate: Candidate, twins: list[nn.Module]) -> bytes:
+    """A hash of all that scores depend on: tensors, unsaved ones too, modes and policy."""
+    found = hashlib.sha256(repr((candidate.batchnorm, candidate.probe, len(twins))).encode())
+    for twin in twins:
+        modes = [module.training for module in twin.modules()]
+        tensors = [*twin.named_parameters(), *twin.named_buffers()]
+        kinds = [(name, t.dtype, t.shape, t.stride()) for name, t in tensors]
+        found.update(repr((modes, kinds)).encode())
+        for _, tensor in tensors:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.digest()

@@ -7,10 +7,13 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
+import zlib
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from dgavg import UserError
 from dgavg.benchmark.files import (
@@ -45,6 +48,29 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     found = load_checkpoint(tmp_path / "c.pt")
     assert torch.equal(found.pop("x"), saved.pop("x"))
     assert found == {"format": "dgavg checkpoint 1", **saved}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_no_checksums_are_reckoned_and_the_setting_is_the_users(before, tmp_path):
+    given = get_crc32_options()
+    try:
+        set_crc32_options(before)
+        save_checkpoint(tmp_path / "c.pt", {"x": torch.ones(1000)})
+        assert get_crc32_options() == before
+        with pytest.raises(UserError, match="cannot be written"):
+            save_checkpoint(tmp_path / "none" / "c.pt", {"x": torch.ones(1000)})
+        assert get_crc32_options() == before
+        torch.save({"x": torch.ones(1000)}, tmp_path / "theirs.pt")
+    finally:
+        set_crc32_options(given)
+    assert not _has_true_checksums(tmp_path / "c.pt")
+    assert _has_true_checksums(tmp_path / "theirs.pt") == before
+
+
+def _has_true_checksums(path):
+    with zipfile.ZipFile(path) as archive:
+        (data,) = (i for i in archive.infolist() if i.filename.endswith("/data/0"))
+    return zlib.crc32(torch.ones(1000).numpy().tobytes()) == data.CRC
 
 
 class Evil:

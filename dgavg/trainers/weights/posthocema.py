@@ -5,13 +5,13 @@ from __future__ import annotations
 from dgavg.averaging.posthoc import PostHocMean, power_of
 from dgavg.errors import UserError, require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow
 
 
 @trainer("posthocema")
 class PostHocEMA(Trainer):
-    """Power-function averages of any length from a few snapshots (Karras et al. 2024, 2312.02696).
+    """Power-function EMAs of any length from few snapshots (Karras et al. 2024, arXiv 2312.02696).
 
     A shadow: training is untouched, bit for bit. Offers a candidate for each length in `offer`,
     named by it in percent: `posthocema5`, `posthocema10`, `posthocema20`. A length is the standard
@@ -29,12 +29,14 @@ class PostHocEMA(Trainer):
 
     Cost: one pass over the weights a step for each of `lengths`; a copy of the weights in float32
     for each of them and each snapshot of each, so 18 copies by default.
+
+    Avoid: where one length is known: `ema` keeps it for one copy.
     """
 
     offer: tuple[float, ...] = (0.05, 0.1, 0.2)
     lengths: tuple[float, ...] = (0.05, 0.1)
     snapshots: int = 8
-    start: float = 0
+    start: float = fixed(0)
     every: int = 1
     batchnorm: str = "average"
     average: PostHocMean = state()

@@ -9,18 +9,17 @@ import torch
 from dgavg.averaging.gaussian import GaussianPosterior
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_epoch, check_shadow, epochs_that_count, offer
 
 
 @trainer("swag")
 class SWAG(Trainer):
-    """SWA-Gaussian: SWA's mean and a Gaussian about it to sample weights from.
+    """SWA-Gaussian: SWA's mean, a Gaussian to sample (Maddox et al. 2019, arXiv 1902.02476).
 
-    Maddox et al. 2019, arXiv 1902.02476. A shadow: training is untouched, bit for bit. Offers
-    `swag`, the mean, which is that of `swa`, and with `samples` after the last step `swag_bma`, the
-    mean prediction of weights drawn from the Gaussian. In Python `posterior` has its variances,
-    `sample` and `predict`.
+    A shadow: training is untouched, bit for bit. Offers `swag`, the mean, which is that of `swa`,
+    and with `samples` after the last step `swag_bma`, the mean prediction of weights drawn from the
+    Gaussian. In Python `posterior` has its variances, `sample` and `predict`.
 
     - `start` (0.5; the paper 160 of 300 epochs): a share of the run, or from 1 on a step; epochs
       that end from there on count.
@@ -36,15 +35,17 @@ class SWAG(Trainer):
     The paper holds the learning rate constant from `start` on; in a chain with `swa`,
     `swa.lr_final` does.
 
-    Cost: 2 + `rank` copies of the weights in float32, in checkpoints too; a pass over the training
-    images an evaluation. At the end one evaluation more, and for each sample a copy of the weights
-    and a pass over the training images.
+    Cost: 2 + `rank` copies of the weights, in checkpoints too; a pass over the training images an
+    evaluation. At the end one evaluation more, and for each sample a copy of the weights and a pass
+    over the training images.
+
+    Avoid: large models, unless you want samples: the mean alone is `swa`'s, for one copy.
     """
 
-    start: float = 0.5
+    start: float = fixed(0.5)
     every: int = 1
     rank: int = 20
-    scale: float = 1.0
+    scale: float = fixed(1.0)
     samples: int = 0
     batchnorm: str = "recalibrate"
     posterior: GaussianPosterior = state()

@@ -13,7 +13,7 @@ from dgavg.averaging.subspace_sgd import SubspaceSGD
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.seeding import random_state, set_random_state
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 
@@ -44,17 +44,19 @@ class TWA(Trainer):
     Cost: `samples` copies of the weights, in checkpoints too; for the phase 2 more, and `steps` of
     training, in each of which the samples are read twice; a pass over the training images an
     evaluation. Pays where the mean lags behind, as from an early start or in a run cut short: there
-    it beats the mean by points. Where the training loss is near 0, no coefficients are better.
+    it beats the mean by points.
+
+    Avoid: a training loss near 0, where no coefficients are better than the mean's.
     """
 
-    start: float = 0.5
+    start: float = fixed(0.5)
     every: int = 1
     samples: int = 10
-    steps: float = 0.05
-    learning_rate: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    reg: float = 0.0
+    steps: float = fixed(0.05)
+    learning_rate: float = fixed(0.03)
+    momentum: float = fixed(0.9)
+    weight_decay: float = fixed(0.0)
+    reg: float = fixed(0.0)
     centred: bool = True
     batchnorm: str = "recalibrate"
     average: WeightSubspace = state()
