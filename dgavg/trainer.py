@@ -212,6 +212,10 @@ class Trainer:
         """Weights worth evaluating, by name; none before there are any."""
         return {}
 
+    def needs_validation(self) -> bool:
+        """Whether this link decides by validation data: it can't train where none is held out."""
+        return type(self).after_eval is not Trainer.after_eval
+
     def candidate_names(self) -> list[str]:
         """The names that `candidates` gives while training, known before it begins."""
         return [self.name] if type(self).candidates is not Trainer.candidates else []

@@ -84,6 +84,8 @@ def build(
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     check_choices(settings, protocol)
     _check_stopping(trainer, stopping)
+    if protocol["holdout_fraction"] == 0:
+        _check_without_validation(trainer, stopping, protocol["selection"])
     device = find_device(settings["device"])
     init_seed = settings["init_seed"]
     require(
@@ -214,6 +216,15 @@ def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
     if stopping.candidate is not None and stopping.candidate not in known:
         where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
         raise unknown("candidate", stopping.candidate, known, where)
+
+
+def _check_without_validation(trainer: Trainer, stopping: Stopping, selection: str) -> None:
+    """Refuse what reads validation data where `protocol.holdout_fraction=0` leaves none."""
+    none = "protocol.holdout_fraction=0 leaves no validation data"
+    require(selection == "last", f"{none} to select by: write protocol.selection=last")
+    require(stopping.candidate is None, f"{none} to stop by: write stopping.candidate=null")
+    needy = [link.name for link in trainer if link.needs_validation()]
+    require(not needy, f"{none}, which {', '.join(needy)} in {spec_of(trainer)!r} decides by")
 
 
 def _check_functions(trainer: Trainer) -> None:

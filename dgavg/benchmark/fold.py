@@ -177,6 +177,8 @@ def splits_to_score(
             needs_out = protocol["test_split"] == "all" or protocol["selection"] == "oracle"
             parts = parts if needs_out else {"in": parts["in"]}
         for part, keys in parts.items():
+            if not len(keys):
+                continue
             rows = torch.from_numpy(keys)
             found[f"{domain.name}/{part}"] = Split(
                 domain.images[rows].to(device), domain.labels[rows].to(device)
@@ -322,8 +324,10 @@ class _Fold:
             },
             "timing": {"seconds": self.clock.read()},
         }
-        validation = {name: self._validation(found) for name, found in scores.items()}
-        self._check_finite(validation["live"]["loss"])
+        validation = {}
+        if self.experiment.protocol["holdout_fraction"]:
+            validation = {name: self._validation(found) for name, found in scores.items()}
+            self._check_finite(validation["live"]["loss"])
         self._write(record, {k for k, c in candidates.items() if not c.members})
         return validation
 

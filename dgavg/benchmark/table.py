@@ -43,7 +43,7 @@ def test_score(record: Mapping[str, Any], candidate: str) -> tuple[float, float]
     """Accuracy and loss on the held-out domain: its `in` part, or both where the protocol says."""
     splits, held_out = record["candidates"][candidate]["splits"], record["held_out"]
     parts = ("in", "out") if record["protocol"]["test_split"] == "all" else ("in",)
-    scores = [splits[f"{held_out}/{part}"] for part in parts]
+    scores = [splits[name] for part in parts if (name := f"{held_out}/{part}") in splits]
     n = sum(s["n"] for s in scores)
     losses = [s["loss"] if s["loss"] is not None else math.inf for s in scores]
     accuracy = sum(s["accuracy"] * s["n"] for s in scores) / n

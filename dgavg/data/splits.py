@@ -49,18 +49,19 @@ def make_splits(dataset: DomainDataset, holdout_fraction: float, trial_seed: int
     """DomainBed's splits of one trial: `int(n * holdout_fraction)` images of each domain are out.
 
     They depend on the trial seed, the index of the domain and how many images it has; nothing else.
+    With a fraction of 0 no image is out.
 
-    Raises `UserError` for a fraction outside (0, 1) or one that leaves a part of a domain empty.
+    Raises `UserError` for a fraction outside [0, 1) or one that leaves a part of a domain empty.
     """
     require(
-        0 < holdout_fraction < 1,
+        0 <= holdout_fraction < 1,
         f"protocol.holdout_fraction={holdout_fraction} must lie between 0 and 1; DomainBed has 0.2",
     )
     pairs = []
     for index, domain in enumerate(dataset.domains):
         n, n_out = len(domain), int(len(domain) * holdout_fraction)
         require(
-            0 < n_out < n,
+            0 < n_out < n or holdout_fraction == 0,
             f"holding out {holdout_fraction} of the {n} images of domain {domain.name!r} leaves "
             f"{n_out} for validation and {n - n_out} for training; change protocol.holdout_fraction"
             " or use more images",

@@ -48,10 +48,16 @@ def test_leaves_the_global_random_state_alone(make_data):
     assert np.random.get_state()[1].tolist() == before
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("fraction", [1, -0.1, 1.5, float("nan")])
 def test_refuses_a_fraction_that_is_none(make_data, refuses, fraction):
     with refuses(f"protocol.holdout_fraction={fraction}", "between 0 and 1"):
         make_splits(make_data([50, 50]), fraction, 0)
+
+
+def test_a_fraction_of_0_holds_nothing_out(make_data):
+    splits = make_splits(make_data([50, 3]), 0, 0)
+    assert [len(keys) for keys in splits.out] == [0, 0]
+    assert [sorted(keys) for keys in splits.in_] == [list(range(50)), list(range(3))]
 
 
 def test_refuses_an_empty_part(make_data, refuses):
