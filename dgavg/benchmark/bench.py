@@ -89,7 +89,7 @@ class Bench:
         try:
             check_same(self.model.state_dict(), found)
         except ValueError as error:
-            raise UserError(f"{path} does not fit the model of its run: {error}") from None
+            raise UserError(f"{path} does not fit the model of the runs: {error}") from None
         return found
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -123,6 +123,7 @@ class Bench:
             lambda: self.batches.pooled(size),
             batch_size=size,
             forward=self.forward,
+            held_out=frozenset(filter(self._is_held_out, splits)),  # batches as in a run
         )
         found = scorer.score({"": Candidate(weights, self.batchnorm)})[""]
         return {k: asdict(score) for k, score in found.items()}, scorer.weights("")

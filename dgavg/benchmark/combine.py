@@ -21,8 +21,16 @@ from dgavg.averaging.soup import greedy_soup, uniform_soup
 from dgavg.benchmark.bench import Bench, Scores, Setup
 from dgavg.benchmark.experiment import PLACES, check_choices, find_device, fingerprint
 from dgavg.benchmark.files import make_folder, read_records, record_line, save_weights, write_text
-from dgavg.benchmark.fold import check_same, locked, threads_for
-from dgavg.benchmark.members import Groups, Member, check_one_start, find_members, grouped
+from dgavg.benchmark.fold import check_same, locked, read_config, threads_for
+from dgavg.benchmark.members import (
+    Groups,
+    Member,
+    check_one_start,
+    find_members,
+    grouped,
+    is_combined,
+    merged,
+)
 from dgavg.benchmark.recipe import LEARNED, Recipe
 from dgavg.benchmark.table import POOLED, Runs, test_score
 from dgavg.chain import adapt, adapting
@@ -51,9 +59,14 @@ def combine(
     members, unfinished = find_members(folders, recipe.candidate)
     what = f"a {recipe.kind}" if recipe.kind == "soup" else f"an {recipe.kind}"
     groups, alone = grouped(members, what=what, pooled=recipe.across_seeds)
+    first = next(iter(groups.values()))[0]
     if recipe.kind == "soup":
         check_one_start(groups)
-    first = next(iter(groups.values()))[0]
+        require(
+            recipe.rule == "uniform" or first.config["protocol"]["holdout_fraction"] > 0,
+            f"--rule {recipe.rule}: the runs left no validation data (protocol.holdout_fraction=0) "
+            "to choose by; write --rule uniform",
+        )
     kitchen = _Kitchen(recipe, groups, _settings(first, overrides))
     for (held_out, seed), (member,) in alone.items():
         note(f"hold out {held_out}, seed {seed}: left out, {member.run} is alone there")
@@ -108,13 +121,14 @@ class _Kitchen:
         self.recipe, self.groups, self.place = recipe, groups, settings
         first = next(iter(groups.values()))[0].config
         self.data, self.model = first["data"], first["model"]
-        protocol = dict(first["protocol"])
+        members = [member for group in groups.values() for member in group]
+        protocol = merged(members, "protocol")
         if recipe.across_seeds:
             protocol["test_split"] = "all"  # which part of it is `in` differs from seed to seed
         self.identity = {
             "trainer": {recipe.kind: recipe.settings()},
             "data": self.data,
-            "model": self.model,
+            "model": merged(members, "model"),
             "protocol": protocol,
             "precision": settings["precision"],
             "eval_batch_size": settings["eval_batch_size"],
@@ -123,6 +137,11 @@ class _Kitchen:
         name = settings["name"] or self._name()
         require(name not in (".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
         self.folder = Path(settings["runs"]) / name
+        for path in self.folder.glob("*/*/config.yaml"):
+            require(
+                is_combined(read_config(path.parent)),
+                f"{self.folder} holds a trained run: choose another name=...",
+            )
 
     def _name(self) -> str:
         runs = sorted({m.run for group in self.groups.values() for m in group})
@@ -212,7 +231,10 @@ class _Kitchen:
     def _make(
         self, bench: Bench, group: Sequence[Member], settings: Mapping[str, Any], folder: Path
     ) -> None:
-        """Combine, score, and write: the weights, then the record, then `done`."""
+        """Combine, score, and write: the weights, then the record, then `done`.
+
+        Each run's own weights are scored by the same policy, to have something to compare with.
+        """
         began = time.perf_counter()
         paths = [member.weights for member in group]
         if self.recipe.kind == "soup":
@@ -221,14 +243,16 @@ class _Kitchen:
             except ValueError as error:
                 raise UserError(str(error)) from error
             scores, weights = bench.score(weights)
+            own = [bench.score(bench.load(path))[0] for path in paths]
             text = {"chain": self.recipe.chain, "candidate": "soup"}
             make_folder(folder / "weights")
             save_weights(folder / "weights" / "soup.safetensors", weights, text)
         else:
-            scores, notes, more = *_ensemble(bench, paths), {}
+            scores, own = _ensemble(bench, paths)
+            notes, more = [{"share": 1 / len(paths)}] * len(paths), {}
         members = [
-            {"run": member.run, "seed": member.seed, **member.described(), **extra}
-            for member, extra in zip(group, notes, strict=True)
+            {"run": m.run, "seed": m.seed, **m.described(), **extra, "splits": alone}
+            for m, extra, alone in zip(group, notes, own, strict=True)
         ]
         policy = self.recipe.batchnorm if self.recipe.kind == "soup" else "average"
         record = {
@@ -269,8 +293,17 @@ class _Kitchen:
         return greedy.weights, notes, {}
 
 
-def _ensemble(bench: Bench, paths: Sequence[Path]) -> tuple[Scores, list[dict[str, Any]]]:
-    """Scores of summed logits; the loss is that of their mean, whose scale is a single model's."""
-    n = len(paths)
-    total = ensemble([partial(bench.load, path) for path in paths], bench.logits)
-    return bench.score_logits(total / n), [{"share": 1 / n}] * n
+def _ensemble(bench: Bench, paths: Sequence[Path]) -> tuple[Scores, list[Scores]]:
+    """Scores of summed logits, and those of each run alone.
+
+    The loss is that of the mean of the logits, whose scale is a single model's.
+    """
+    own = []
+
+    def logits(weights: Weights) -> torch.Tensor:
+        found = bench.logits(weights)
+        own.append(bench.score_logits(found))
+        return found
+
+    total = ensemble([partial(bench.load, path) for path in paths], logits)
+    return bench.score_logits(total / len(paths)), own

@@ -12,10 +12,16 @@ from typing import Any
 from dgavg.benchmark.files import differences, read_records
 from dgavg.benchmark.fold import read_config
 from dgavg.benchmark.table import POOLED, finished_runs
+from dgavg.chain import adapting
 from dgavg.errors import require, unknown
 from dgavg.evaluation import selected_step
 
 Groups = dict[tuple[str, int], list["Member"]]  # by held-out domain and seed
+# Members agree in the data, wherever they came from, in their splits and scores, and in the model;
+# what else a sweep varies, they may differ in.
+DATA = ("name", "content")
+PROTOCOL = ("name", "holdout_fraction", "test_split", "selection")
+REGULARISATION = ("dropout",)  # of the settings of a model, those that are no part of what it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +101,8 @@ def grouped(members: Sequence[Member], *, what: str, pooled: bool) -> tuple[Grou
     """The members of each fold and seed, or of each fold alone where seeds are `pooled`.
 
     Groups of two or more, in an order of their own whatever that of the folders, then those of one.
-    Raises `UserError` where all are of one, and for runs that differ in data, model or protocol.
+    Raises `UserError` where all are of one, and for runs that differ in data, splits, scoring or
+    model.
     """
     _check_alike(members, what)
     groups: Groups = {}
@@ -131,20 +138,45 @@ def _place(member: Member) -> str:
     return f"{member.run} (seed {member.seed}, init_seed {init_seed})"
 
 
+def merged(members: Sequence[Member], part: str) -> dict[str, Any]:
+    """One part of the settings of several runs; where they differ, text of all values: "8, 16"."""
+    each: list[Mapping[str, Any]] = [member.config[part] for member in members]
+    found = {}
+    for key in dict.fromkeys(key for settings in each for key in settings):
+        values: list[Any] = []
+        for value in (settings.get(key) for settings in each):
+            values += [] if value in values else [value]
+        found[key] = values[0] if len(values) == 1 else _listed(values)
+    return found
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """In an order of their own: numbers by size, then the rest."""
+    numbers = sorted(v for v in values if isinstance(v, int | float))
+    others = sorted(str(v) for v in values if not isinstance(v, int | float))
+    return ", ".join([*map(str, numbers), *others])
+
+
 def _check_alike(members: Sequence[Member], what: str) -> None:
     first = members[0]
+    wanted = _agreed(first.config)
     for member in members:
-        for part in ("data", "model", "protocol"):
-            mine, theirs = (_compared(m.config, part) for m in (member, first))
-            found = "; ".join(differences(mine, theirs, part))
+        for part, mine in _agreed(member.config).items():
+            found = "; ".join(differences(mine, wanted[part], part))
+            name = "links that change the model" if part == "trainer" else part
             require(
                 not found,
-                f"{member.run} and {first.run} differ in {part} ({found}): {what} is of runs that "
+                f"{member.run} and {first.run} differ in {name} ({found}): {what} is of runs that "
                 "share it; name the folders of those",
             )
 
 
-def _compared(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Data count by what is in them, wherever they came from."""
-    found: Mapping[str, Any] = config[part]
-    return {k: found[k] for k in ("name", "content")} if part == "data" else found
+def _agreed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What must be equal in all members, by part of the settings."""
+    data, model, protocol, links = (config[k] for k in ("data", "model", "protocol", "trainer"))
+    return {
+        "data": {k: data[k] for k in DATA},
+        "model": {k: v for k, v in model.items() if k not in REGULARISATION},
+        "trainer": {link.name: links[link.name] for link in adapting(links)},
+        "protocol": {k: protocol[k] for k in PROTOCOL},
+    }

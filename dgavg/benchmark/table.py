@@ -18,6 +18,7 @@ from dgavg.evaluation.selection import RULES, selected_step, validation_score
 if TYPE_CHECKING:
     import pandas as pd
 
+AGAINST = "against its runs"
 POOLED = -1  # the seed of a record that is of the runs of all seeds
 Runs = dict[str, list[list[dict[str, Any]]]]  # by name: the records of each fold and seed
 Rows = dict[tuple[str, str], dict[tuple[str, int], float]]
@@ -41,9 +42,13 @@ class Result:
 
 def test_score(record: Mapping[str, Any], candidate: str) -> tuple[float, float]:
     """Accuracy and loss on the held-out domain: its `in` part, or both where the protocol says."""
-    splits, held_out = record["candidates"][candidate]["splits"], record["held_out"]
+    return _test_score(record, record["candidates"][candidate]["splits"])
+
+
+def _test_score(record: Mapping[str, Any], splits: Mapping[str, Any]) -> tuple[float, float]:
     parts = ("in", "out") if record["protocol"]["test_split"] == "all" else ("in",)
-    scores = [splits[name] for part in parts if (name := f"{held_out}/{part}") in splits]
+    names = [f"{record['held_out']}/{part}" for part in parts]
+    scores = [splits[name] for name in names if name in splits]
     n = sum(s["n"] for s in scores)
     losses = [s["loss"] if s["loss"] is not None else math.inf for s in scores]
     accuracy = sum(s["accuracy"] * s["n"] for s in scores) / n
@@ -100,8 +105,8 @@ class Table:
         held_out = {r.held_out for r in self.results}
         self.held_out = [d for d in _domains(record for _, record in heads) if d in held_out]
         self.seeds = sorted({r.seed for r in self.results} - {POOLED})
-        self.members = {
-            (name, record["held_out"], record["seed"]): record["members"]
+        self.combined = {
+            (name, record["held_out"], record["seed"]): record
             for name, record in heads
             if "members" in record
         }
@@ -141,6 +146,8 @@ class Table:
             )
             previous = run
         text = [self._title(), "", *_aligned(lines)]
+        if any(line[-1].endswith(AGAINST) for line in lines):
+            text += ["", f"{AGAINST}: the weights it is made of, each scored alone as it was"]
         if any("X" in line[2:] for line in lines[1:]):
             each = f" for each of the seeds {', '.join(map(str, self.seeds))}" if self.seeds else ""
             text += ["", f"X: not there{each}"]
@@ -149,19 +156,16 @@ class Table:
     def _gain(self, rows: Rows, run: str, candidate: str) -> str:
         """What a row has over the live weights of its run, or a soup over the mean of its runs."""
         cells = rows[run, candidate]
-        if not any((run, *key) in self.members for key in cells):
+        if not any((run, *key) in self.combined for key in cells):
             return _difference(cells, rows.get((run, "live"), {})) if candidate != "live" else ""
         means = {}
-        for held_out, seed in cells:
-            found = [
-                rows.get((m["run"], m["candidate"]), {}).get((held_out, m["seed"]))
-                for m in self.members[run, held_out, seed]
-            ]
-            there = [accuracy for accuracy in found if accuracy is not None]
-            if len(there) == len(found):
-                means[held_out, seed] = sum(there) / len(there)
+        for key in cells:
+            record = self.combined[run, *key]
+            own = [m["splits"] for m in record["members"] if "splits" in m]
+            if len(own) == len(record["members"]):
+                means[key] = sum(_test_score(record, splits)[0] for splits in own) / len(own)
         difference = _difference(cells, means)
-        return f"{difference} against its runs" if difference else ""
+        return f"{difference} {AGAINST}" if difference else ""
 
     def _title(self) -> str:
         n = len(self.seeds)

@@ -37,8 +37,8 @@ def mlp(
         layers.append(nn.Linear(features, width))
         if batchnorm:
             layers.append(nn.BatchNorm1d(width))
-        layers.append(nn.ReLU())
-        if dropout > 0:
-            layers.append(nn.Dropout(dropout))
+        # one entry, so that weights have the same names with dropout and without
+        relu = nn.ReLU()
+        layers.append(nn.Sequential(relu, nn.Dropout(dropout)) if dropout > 0 else relu)
         features = width
     return Model(nn.Sequential(*layers), nn.Linear(features, classes))

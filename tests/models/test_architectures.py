@@ -72,9 +72,10 @@ def test_mlp_defaults() -> None:
 
 def test_mlp_dropout_follows_relu_and_only_in_training() -> None:
     net = build_model("mlp", (1, 8, 8), 10, dropout=0.75)
-    drops = [m for m in net.featurizer if isinstance(m, nn.Dropout)]
+    drops = [m for m in net.featurizer.modules() if isinstance(m, nn.Dropout)]
     assert [m.p for m in drops] == [0.75, 0.75]
-    assert isinstance(net.featurizer[-1], nn.Dropout)
+    assert net.state_dict().keys() == build_model("mlp", (1, 8, 8), 10).state_dict().keys()
+    assert isinstance(net.featurizer[-1][-1], nn.Dropout)
     x = torch.rand(64, 1, 8, 8)
     dead = (net.featurizer(x) == 0).float().mean()
     net.eval()

@@ -65,7 +65,7 @@ def test_an_ensemble_of_all_seeds_is_scored_on_the_whole_domain(dgavg, home, tmp
     assert "ensemble" not in runs
     assert "the runs of all seeds together" in mine
     (row,) = [line for line in mine.splitlines() if line.startswith("ensemble of ema, all seeds")]
-    assert row.split()[-2] == f"{100 * right:.1f}"
+    assert row.split()[7] == f"{100 * right:.1f}"
     assert "X" not in row
     assert "hold out 30 [2/2]: " in error
     assert "(6 runs, " in error

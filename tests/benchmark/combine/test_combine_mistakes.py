@@ -63,7 +63,10 @@ def test_runs_that_differ_are_refused_with_the_difference(dgavg, home, tmp_path,
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        ("protocol.batch_size=4", "differ in protocol (protocol.batch_size=4 there, 8 here)"),
+        (
+            "protocol.holdout_fraction=0.3",
+            "differ in protocol (protocol.holdout_fraction=0.3 there",
+        ),
         ("data.shuffle_seed=1", "differ in data (data.content="),
     ],
 )
@@ -170,7 +173,7 @@ def test_weights_of_another_model_are_one_line(dgavg, home, tmp_path):
     path = tmp_path / f"runs/{names(home)[1]}/0/0/weights/live.safetensors"
     save_file({"w": torch.ones(1)}, path)
     _, error = dgavg("soup --name s", status=2)
-    assert error.startswith(f"dgavg: {path} does not fit the model of its run: another model: ")
+    assert error.startswith(f"dgavg: {path} does not fit the model of the runs: another model: ")
     assert error.count("\n") == 1
 
 
