@@ -33,7 +33,11 @@ class Batch:
     def split(self) -> list[Batch]:
         """One batch for each domain, in order."""
         parts = zip(*(self.by_domain(t) for t in (self.x, self.y, self.d)), strict=True)
-        return [Batch(x, y, d, domains=1) for x, y, d in parts]
+        found = [Batch(x, y, d, domains=1) for x, y, d in parts]
+        if self.weights is not None:
+            for i, part in enumerate(found):
+                part.weights = self.domains * self.weights[i : i + 1]
+        return found
 
 
 @dataclass(slots=True)

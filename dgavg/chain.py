@@ -147,8 +147,9 @@ def check(head: Trainer, domains: int | None = None, steps: int | None = None) -
         )
     owners = [link.name for link in links if link.owns_step]
     require(len(owners) < 2, f"{spec}: {' and '.join(owners)} each replace the step: choose one")
-    splitter = next((link.name for link in links if link.splits_domains), None)
+    splitters = [link.name for link in links if link.splits_domains]
     for link in links:
+        splitter = next((name for name in splitters if name != link.name), None)
         require(
             splitter is None or link.min_domains < 2,
             f"{spec}: {link.name!r} compares domains, but {splitter!r} feeds it one at a time",

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgavg.errors import UserError
+
 FIRST_SCALE, INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
+LAST_SCALE = 2.0**-24  # no gradient overflows here unless it is infinite by itself
 
 
 class Update:
@@ -19,8 +22,9 @@ class Update:
     and gradients divided at once, so no link ever sees a scaled one. An update with a gradient that
     is not finite is skipped, and the scale halved; it doubles after 2,000 updates without one
     (Micikevicius et al. 2018, arXiv 1710.03740). Where several processes train together
-    (`torch.distributed`), each gradient is the mean of theirs. `clip` is the largest norm that all
-    gradients of an update may have together.
+    (`torch.distributed`), each gradient is the mean of theirs; the model needs no wrapper, and all
+    processes must reach the same parameters. `clip` is the largest norm that all gradients of an
+    update may have together.
     """
 
     def __init__(
@@ -46,21 +50,38 @@ class Update:
             elif gradient is not None:
                 parameter.grad = gradient
 
-    def gradients(self, loss: Tensor, *, retain: bool = False) -> list[Tensor | None]:
-        """The gradients of `loss` in each parameter, or None where it has none."""
-        scale = self.scale or 1.0
+    def gradients(
+        self, loss: Tensor, *, retain: bool = False, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The gradients of `loss` in each parameter, or None where it has none.
+
+        Read them only: two may be one tensor. `retain` keeps the graph for another call.
+        `create_graph` gives gradients that can be differentiated again; they are those of this
+        process alone, since no derivative goes through a message.
+        """
+        wanted = [p for p in self.parameters if p.requires_grad]
         found = torch.autograd.grad(
-            loss * scale, self.parameters, retain_graph=retain, allow_unused=True
+            loss if self.scale is None else loss * self.scale,
+            wanted,
+            retain_graph=retain or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-        there = [g for g in found if g is not None]
-        if self.scale is not None:
-            torch._foreach_div_(there, scale)
-        if ranks() > 1:
-            _average(there)
-        return list(found)
+        there = {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
+        plain = list(there.values())
+        if self.scale is not None and plain:
+            # new tensors: two gradients may be one, or one small tensor seen as a large one
+            plain = list(torch._foreach_div(plain, self.scale))
+        if ranks() > 1 and plain and not create_graph:
+            plain = _averaged(plain)
+        there = dict(zip(there, plain, strict=True))
+        return [there.get(p) for p in self.parameters]
 
     def step(self) -> None:
-        """Let the optimizer step with what is in `.grad`."""
+        """Let the optimizer step with what is in `.grad`.
+
+        Raises `UserError` where gradients stay infinite however small the loss is scaled.
+        """
         there = [p.grad for p in self.parameters if p.grad is not None]
         if self.scale is not None and not self._finite(there):
             return
@@ -78,6 +99,11 @@ class Update:
             self.scale /= 2
         elif self.good == INTERVAL:
             self.scale, self.good = self.scale * 2, 0
+        if self.scale < LAST_SCALE:
+            raise UserError(
+                "gradients are not finite, however small the loss is scaled: "
+                "try precision=bf16 or fp32, or a lower optimizer.lr"
+            )
         return finite
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +111,12 @@ class Update:
         return {"scale": self.scale, "good": self.good}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises `ValueError` where one of the two runs scales its losses and the other does not.
+        """
+        if (saved["scale"] is None) != (self.scale is None):
+            raise ValueError("one is of precision fp16, the other is not")
         self.scale, self.good = saved["scale"], saved["good"]
 
 
@@ -94,14 +125,17 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _average(tensors: list[Tensor]) -> None:
-    """Replace each tensor by the mean over all processes: one message a dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+def _averaged(tensors: list[Tensor]) -> list[Tensor]:
+    """The means over all processes, as new tensors: one message a dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
+    means = list(tensors)
     for same in kinds.values():
-        flat = torch.cat([t.flatten() for t in same])
+        flat = torch.cat([tensors[i].flatten() for i in same])
         dist.all_reduce(flat)
         flat /= ranks()
-        parts = torch.split(flat, [t.numel() for t in same])
-        torch._foreach_copy_(same, [p.view_as(t) for p, t in zip(parts, same, strict=True)])
+        parts = torch.split(flat, [tensors[i].numel() for i in same])
+        for i, part in zip(same, parts, strict=True):
+            means[i] = part.view(tensors[i].shape)
+    return means

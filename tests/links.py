@@ -17,6 +17,18 @@ ACTING = {
     "coral": {"weight": 1000.0},
     "mixup": {"alpha": 1.0},
     "sam": {"rho": 0.5},
+    "gsam": {"rho": 0.5},
+    "sagm": {"rho": 0.5},
+    "mldg": {},
+    "andmask": {},
+    "sandmask": {},
+    "iga": {"weight": 10.0},
+    "fish": {},
+    "pcgrad": {},
+    "cutmix": {},
+    "mixstyle": {"layers": ["input"], "p": 1.0},
+    "rsc": {},
+    "dial": {"epsilon": 0.5, "step_size": 0.2},
 }
 SHADOWS = ("sma", "ema", "swa", "posthocema", "swag", "twa", "swad", "aswa", "lawa")
 # The setting that switches a link off: training is then what it is without the link.
@@ -26,4 +38,12 @@ NEUTRAL = {
     "vrex": {"weight": 0.0},
     "coral": {"weight": 0.0},
     "sam": {"rho": 0.0},
+    "gsam": {"rho": 0.0},
+    "sagm": {"rho": 0.0, "alpha": 0.0},
+    "andmask": {"tau": 0.0},
+    "iga": {"weight": 0.0},
+    "cutmix": {"p": 0.0},
+    "mixstyle": {"p": 0.0},
+    "rsc": {"f_drop": 0.0},
+    "dial": {"weight": 0.0},
 }

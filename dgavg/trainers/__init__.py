@@ -1,10 +1,22 @@
 """The links that come with dgavg, one a file, in the room of its plane."""
 
 from dgavg.trainers.basic import Basic
+from dgavg.trainers.batch.cutmix import CutMix
+from dgavg.trainers.batch.mixstyle import MixStyle
 from dgavg.trainers.batch.mixup import Mixup
+from dgavg.trainers.gradient.andmask import ANDMask
+from dgavg.trainers.gradient.fish import Fish
+from dgavg.trainers.gradient.gsam import GSAM
+from dgavg.trainers.gradient.mldg import MLDG
+from dgavg.trainers.gradient.pcgrad import PCGrad
+from dgavg.trainers.gradient.sagm import SAGM
 from dgavg.trainers.gradient.sam import SAM
+from dgavg.trainers.gradient.sandmask import SANDMask
 from dgavg.trainers.loss.coral import CORAL
+from dgavg.trainers.loss.dial import DIAL
+from dgavg.trainers.loss.iga import IGA
 from dgavg.trainers.loss.irm import IRM
+from dgavg.trainers.loss.rsc import RSC
 from dgavg.trainers.loss.vrex import VREx
 from dgavg.trainers.weights.aswa import ASWA
 from dgavg.trainers.weights.ema import EMA
@@ -20,18 +32,30 @@ from dgavg.trainers.weights.twa import TWA
 __all__ = [
     "ASWA",
     "CORAL",
+    "DIAL",
     "EMA",
+    "GSAM",
+    "IGA",
     "IRM",
     "LAWA",
     "MA",
+    "MLDG",
+    "RSC",
+    "SAGM",
     "SAM",
     "SMA",
     "SWA",
     "SWAD",
     "SWAG",
     "TWA",
+    "ANDMask",
     "Basic",
+    "CutMix",
+    "Fish",
+    "MixStyle",
     "Mixup",
+    "PCGrad",
     "PostHocEMA",
+    "SANDMask",
     "VREx",
 ]

@@ -5,50 +5,54 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from dgavg.batch import Batch
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
+from dgavg.trainers.batch.partners import check_across, every_row, partners_of, probabilities
 
 
-@trainer("mixup", min_domains=2)
+@trainer("mixup")
 class Mixup(Trainer):
-    """Inter-domain mixup (Zhang et al. 2018, arXiv 1710.09412; across domains as in DomainBed).
+    """Mixup: trains on blends of two images and their labels (Zhang et al. 2018, arXiv 1710.09412).
 
-    Each domain's rows are blended with those of another, the next one in a random cycle of all
-    domains: x = λxᵢ + (1 − λ)xⱼ with one λ ~ Beta(alpha, alpha) a pair, and the labels likewise, so
-    the loss is λℓ(·, yᵢ) + (1 − λ)ℓ(·, yⱼ). A blended row keeps the domain index i.
+    x = λxᵢ + (1 − λ)xⱼ, and the labels likewise, so the loss is λℓ(·, yᵢ) + (1 − λ)ℓ(·, yⱼ), with
+    λ ~ Beta(alpha, alpha), one λ a domain. Across domains (DomainBed's Mixup) j is the row at the
+    same place of another domain, the next in a random cycle of all; within domains it is a random
+    row of the same one. The authors' code draws one λ and one permutation for the whole batch,
+    whatever the domains; within domains that is done for each. A blended row keeps the domain of i.
 
     - `alpha` (0.2; usual 0.1 to 10): near 0 hardly any blending, at 1 any λ alike.
+    - `across` (true): blend images of two domains; false blends within each.
 
-    Cost: none. Helps most on photographs of objects; it blurs what tells domains apart, so think
-    twice before putting a penalty that compares domains beside it.
+    Cost: no pass, one more copy of the batch.
+
+    Avoid: Beside a penalty that compares domains, set `across=false`: images of two domains in one
+    blur what tells the domains apart.
     """
 
     alpha: float = 0.2
+    across: bool = True
 
     def validate(self) -> None:
         """Refuse settings out of range."""
         require(self.alpha > 0, f"trainer.mixup.alpha={self.alpha}: a number above 0")
 
+    def setup(self, run: Run) -> None:
+        """Refuse to blend across domains where there is one."""
+        check_across("mixup", self.across, len(run.names))
+
     def prepare(self, run: Run, batch: Batch) -> Batch:
         """Blend the batch; labels become probabilities (N, classes)."""
         batch = self.inner.prepare(run, batch)
+        check_across("mixup", self.across, batch.domains)
         random = run.random("mixup")
-        cycle = random.permutation(batch.domains)
-        partner = torch.empty(batch.domains, dtype=torch.long)
-        partner[torch.from_numpy(cycle)] = torch.from_numpy(cycle).roll(-1)
-        share = torch.from_numpy(random.beta(self.alpha, self.alpha, batch.domains)).float()
-        partner, share = (t.to(batch.x.device, non_blocking=True) for t in (partner, share))
+        partner = partners_of(random, batch, self.across)
+        share = torch.from_numpy(random.beta(self.alpha, self.alpha, batch.domains))
 
-        def blend(rows: torch.Tensor) -> torch.Tensor:
-            by_domain = batch.by_domain(rows)
-            mix = share.view(-1, *[1] * (by_domain.dim() - 1)).to(rows.dtype)
-            return torch.lerp(by_domain[partner], by_domain, mix).flatten(0, 1)
+        def blend(rows: Tensor) -> Tensor:
+            return torch.lerp(rows[partner], rows, every_row(share, batch, rows.dim()).to(rows))
 
-        labels = batch.y
-        if not labels.is_floating_point():
-            labels = F.one_hot(labels, run.classes).to(batch.x.dtype)
-        return replace(batch, x=blend(batch.x), y=blend(labels))
+        return replace(batch, x=blend(batch.x), y=blend(probabilities(batch, run.classes)))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import run_of
+from plain import STEPS, assert_weights, erm, plain_training, run_of
 
-from dgavg import Trainer, UserError, chain, trainer
+from dgavg import Trainer, UserError, chain, fit, trainer
 from dgavg.seeding import random_state
+from dgavg.testing import check_link
 
 
 def mixed(t=0, alpha=1.0, domains=4, seed=0):
@@ -129,11 +130,101 @@ def test_global_random_numbers_are_left_alone():
 
 def test_labels_that_are_probabilities_already_are_blended_too():
     run, batch, blend = mixed()
-    batch.y = F.one_hot(batch.y, 3).float()
-    assert torch.equal(run.prepare(batch).y, blend.y)
+    batch.y = F.one_hot(batch.y, 3).float() * 0.7 + 0.1
+    torch.testing.assert_close(run.prepare(batch).y, blend.y * 0.7 + 0.1)
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0])
 def test_an_alpha_that_is_not_above_0_is_refused(alpha):
     with pytest.raises(UserError, match=r"mixup.alpha=.*: a number above 0"):
         chain("mixup_basic", mixup={"alpha": alpha})
+
+
+def mixed_within(t=0, rows=6, domains=2):
+    settings = {"mixup": {"alpha": 1.0, "across": False}}
+    run = run_of("mixup_basic", settings, rows=rows, domains=domains)
+    run.t = t
+    batch = run.batches(t)
+    return run, batch, run.prepare(batch)
+
+
+def pairs_within(batch, blend):
+    """Of each domain, (j, λ) of each row i, solved from images: blendᵢ = λxᵢ + (1 − λ)xⱼ."""
+    found = []
+    for rows, mixes in zip(batch.by_domain(batch.x), blend.by_domain(blend.x), strict=True):
+        x, z = rows.flatten(1).double().numpy(), mixes.flatten(1).double().numpy()
+        pairs = []
+        for i in range(len(x)):
+            for j in sorted(range(len(x)), key=lambda j: j != i):  # itself first: it fits all
+                way = x[i] - x[j]
+                share = ((z[i] - x[j]) @ way) / max(way @ way, 1e-12) if i != j else 1.0
+                if np.allclose(z[i], share * x[i] + (1 - share) * x[j], atol=1e-5):
+                    pairs.append((j, share))
+                    break
+        found.append(pairs)
+    return found
+
+
+def test_within_domains_partners_are_a_random_order_of_the_domain_and_a_domain_has_one_share():
+    orders = set()
+    for t in range(12):
+        _, batch, blend = mixed_within(t)
+        for pairs in pairs_within(batch, blend):
+            partners = [j for j, _ in pairs]
+            assert sorted(partners) == list(range(6))
+            shares = [s for i, (j, s) in enumerate(pairs) if i != j]
+            assert np.ptp(shares) < 1e-4
+            orders.add(tuple(partners))
+    assert len(orders) == 24  # no domain and no step has another's
+
+
+def test_within_domains_labels_are_mixed_as_images_are():
+    _, batch, blend = mixed_within()
+    y = F.one_hot(batch.by_domain(batch.y), 3).double()
+    for d, pairs in enumerate(pairs_within(batch, blend)):
+        share = next(s for i, (j, s) in enumerate(pairs) if i != j)
+        partners = [j for j, _ in pairs]
+        expected = share * y[d] + (1 - share) * y[d][partners]
+        torch.testing.assert_close(
+            blend.by_domain(blend.y)[d].double(), expected, rtol=0, atol=1e-4
+        )
+
+
+def test_within_works_on_one_domain_across_is_refused():
+    _, batch, blend = mixed_within(domains=1)
+    assert not blend.x.equal(batch.x)
+    with pytest.raises(UserError, match=r"write trainer\.mixup\.across=false to mix within it"):
+        run_of("mixup_basic", domains=1)
+
+
+def test_a_batch_of_one_domain_handed_down_is_refused_across():
+    run, batch, _ = mixed()
+    with pytest.raises(UserError, match="'mixup' mixes across domains, and here is one"):
+        run.prepare(batch.split()[0])
+
+
+def test_weights_of_domains_are_kept():
+    run, batch, _ = mixed()
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert run.prepare(replace(batch, weights=weights)).weights is weights
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_training_is_that_on_both_labels(across):
+    run = run_of("mixup_basic", {"mixup": {"alpha": 1.0, "across": across}})
+    blends = {}
+    for t in range(STEPS):
+        run.t = t
+        blends[t] = run.prepare(run.batches(t))
+
+    def loss(model, batch, t):
+        return erm(model, blends[t], t)
+
+    run.t = 0
+    fit(run)
+    assert_weights(run.live, plain_training(loss).state_dict())
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_the_contract(across):
+    check_link("mixup", alpha=1.0, across=across)
