@@ -147,18 +147,32 @@ def check(head: Trainer, domains: int | None = None, steps: int | None = None) -
         )
     owners = [link.name for link in links if link.owns_step]
     require(len(owners) < 2, f"{spec}: {' and '.join(owners)} each replace the step: choose one")
-    splitters = [link.name for link in links if link.splits_domains]
     for link in links:
-        splitter = next((name for name in splitters if name != link.name), None)
+        hint = f"; or write trainer.{link.name}.{link.one_domain}" if link.one_domain else ""
+        splitter = next((k.name for k in links if k is not link and feeds(k, link)), None)
         require(
             splitter is None or link.min_domains < 2,
-            f"{spec}: {link.name!r} compares domains, but {splitter!r} feeds it one at a time",
+            f"{spec}: {link.name!r} compares domains, but {splitter!r} feeds it one at a time"
+            + hint,
         )
         require(
             domains is None or link.min_domains <= domains,
             f"{spec}: {link.name!r} needs at least {link.min_domains} training domains, "
-            f"here is {domains}",
+            f"here is {domains}" + hint,
         )
     if steps is not None:
         for link in links:
             link.curves(steps)  # of schedules, checked as they are made
+
+
+def feeds(splitter: Trainer, link: Trainer) -> bool:
+    """Whether `splitter` hands `link` batches of one domain, wherever the two stand in a chain.
+
+    One that splits in `grad` comes after `prepare`, whose links see whole batches.
+    """
+
+    def wraps(k: Trainer, *names: str) -> bool:
+        return any(getattr(type(k), name) is not getattr(Trainer, name) for name in names)
+
+    whole = wraps(link, "prepare") and not wraps(link, "grad", "loss")
+    return splitter.splits_domains and (wraps(splitter, "step") or not whole)

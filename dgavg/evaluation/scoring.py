@@ -163,8 +163,16 @@ class Scorer:
     def _batches(self) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
         """Full batches, over the borders of splits: how many rows of which, images, labels.
 
-        The held-out domain has batches of its own.
+        The held-out domain has batches of its own. A model whose predictions depend on the batch
+        says so by `support`, a number of rows: its batches are of one split, so many rows each.
         """
+        support = getattr(self.model, "support", None)
+        if support is not None:
+            for name, split in self.splits.items():
+                parts = (torch.split(rows, support) for rows in (split.images, split.labels))
+                for images, labels in zip(*parts, strict=True):
+                    yield _joined([(name, images, labels)])
+            return
         for held_out in (False, True):
             left = self.batch_size
             batch: list[tuple[str, Tensor, Tensor]] = []

@@ -15,7 +15,7 @@ from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.batch.partners import check_across, every_row, partners_of, probabilities
 
 
-@trainer("cutmix")
+@trainer("cutmix", one_domain="across=false")
 class CutMix(Trainer):
     """CutMix: pastes a box of another image and mixes labels (Yun et al. 2019, arXiv 1905.04899).
 
@@ -41,14 +41,18 @@ class CutMix(Trainer):
     p: float = 1.0
     across: bool = True
 
+    @property
+    def min_domains(self) -> int:  # type: ignore[override]  # of other links a constant
+        """Two domains where rows are mixed across them."""
+        return 2 if self.across else 1
+
     def validate(self) -> None:
         """Refuse settings out of range."""
         require(self.alpha > 0, f"trainer.cutmix.alpha={self.alpha}: a number above 0")
         require(0 <= self.p <= 1, f"trainer.cutmix.p={self.p}: a number from 0 to 1")
 
     def setup(self, run: Run) -> None:
-        """Refuse inputs that are no images, and boxes across domains where there is one."""
-        check_across("cutmix", self.across, len(run.names))
+        """Refuse inputs that are no images."""
         shape = tuple(run.batches(0).x.shape)
         require(
             len(shape) == 4,

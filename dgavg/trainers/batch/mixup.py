@@ -14,7 +14,7 @@ from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.batch.partners import check_across, every_row, partners_of, probabilities
 
 
-@trainer("mixup")
+@trainer("mixup", one_domain="across=false")
 class Mixup(Trainer):
     """Mixup: trains on blends of two images and their labels (Zhang et al. 2018, arXiv 1710.09412).
 
@@ -36,13 +36,14 @@ class Mixup(Trainer):
     alpha: float = 0.2
     across: bool = True
 
+    @property
+    def min_domains(self) -> int:  # type: ignore[override]  # of other links a constant
+        """Two domains where rows are mixed across them."""
+        return 2 if self.across else 1
+
     def validate(self) -> None:
         """Refuse settings out of range."""
         require(self.alpha > 0, f"trainer.mixup.alpha={self.alpha}: a number above 0")
-
-    def setup(self, run: Run) -> None:
-        """Refuse to blend across domains where there is one."""
-        check_across("mixup", self.across, len(run.names))
 
     def prepare(self, run: Run, batch: Batch) -> Batch:
         """Blend the batch; labels become probabilities (N, classes)."""

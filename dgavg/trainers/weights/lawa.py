@@ -11,7 +11,7 @@ from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 @trainer("lawa")
 class LAWA(Trainer):
-    """Latest weight averaging: the mean of the last `k` epoch ends (Kaddour 2022, arXiv 2209.14981).
+    """Latest weight averaging: mean of the last `k` epoch ends (Kaddour 2022, arXiv 2209.14981).
 
     A shadow: training is untouched, bit for bit. Offers `lawa`, the mean of as many as there are
     while those are fewer than `k`.

@@ -25,10 +25,10 @@ class MA(Trainer):
 
     Cost: one copy of the weights, one pass over them an epoch.
 
-    Avoid: in long runs with `feedback`. Writing back is Lookahead with an outer step that shrinks as
-    1/(e+1): late epochs hardly move the weights, and the optimizer's moments belong to weights that
-    are gone. Where it trains too slowly, use a later `start`, a larger `every`, `feedback=false`,
-    or `sma`.
+    Avoid: in long runs with `feedback`. Writing back is Lookahead with an outer step that shrinks
+    as 1/(e+1): late epochs hardly move the weights, and the optimizer's moments belong to weights
+    that are gone. Where it trains too slowly, use a later `start`, a larger `every`,
+    `feedback=false`, or `sma`.
     """
 
     first_epoch: int = 0

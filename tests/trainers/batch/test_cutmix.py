@@ -210,7 +210,7 @@ def test_inputs_that_are_no_images_are_refused():
 
 
 def test_one_domain_is_refused_across_and_fine_within():
-    with pytest.raises(UserError, match=r"write trainer\.cutmix\.across=false"):
+    with pytest.raises(UserError, match=r"here is 1; or write trainer\.cutmix\.across=false"):
         pictures(domains=1)
     run = pictures(domains=1, across=False, alpha=20.0)
     batch, found = cut(run)

@@ -193,7 +193,7 @@ def test_within_domains_labels_are_mixed_as_images_are():
 def test_within_works_on_one_domain_across_is_refused():
     _, batch, blend = mixed_within(domains=1)
     assert not blend.x.equal(batch.x)
-    with pytest.raises(UserError, match=r"write trainer\.mixup\.across=false to mix within it"):
+    with pytest.raises(UserError, match=r"here is 1; or write trainer\.mixup\.across=false"):
         run_of("mixup_basic", domains=1)
 
 

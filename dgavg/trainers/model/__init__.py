@@ -1,0 +1,1 @@
+"""Models: change the model, train something beside it, or hold part of it back."""

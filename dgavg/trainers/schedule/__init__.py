@@ -1,0 +1,1 @@
+"""Schedules: decide the learning rate, and when training has gone on for long enough."""
