@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,18 +25,19 @@ class WeightAverage(ABC):
       count. The first that counts copies.
     - `device` (none): where the average lives; by default with the model, also when that moves.
     - `buffers` ("copy"): floating buffers, such as batch-norm statistics, follow the model or are
-      averaged ("average"); a function decides by name. With a mapping of tensors as source,
-      `buffer_names` tells which of its names are buffers; without it all are taken for weights.
+      averaged ("average"); a function decides by name. `buffer_names` are names to take for
+      buffers: beside a module's own, and of a mapping of tensors, which has none without it.
 
-    Floating tensors are averaged in at least float32, complex ones too; integers, booleans and
-    masks with infinities are copied; tied parameters are averaged once; parametrized modules (as
-    weight norm) in the parameters that are trained. Names have no prefix of compiled or distributed
-    models. The model's tensors are looked up once, and again whenever it has others; until then, or
-    as long as the average lives, they stay in memory.
+    Floating tensors are averaged in at least float32, complex ones too; integers and booleans are
+    copied, of buffers also each number without a finite mean (as in masks); tied parameters are
+    averaged once; parametrized modules (as weight norm) in the parameters that are trained. Names
+    have no prefix of compiled or distributed models. The model's tensors are looked up once, and
+    again whenever it has others; until then, or as long as the average lives, they stay in memory.
 
     `calls` counts updates asked for, `count` those that counted.
 
-    Raises `ValueError` for a model with other names or shapes.
+    Raises `ValueError` for a model with other names or shapes, and for tensors that have no average
+    here: sharded, quantised and sparse ones.
     """
 
     def __init__(
@@ -133,11 +134,13 @@ class WeightAverage(ABC):
         Raises `ValueError` before the first update that counts.
         """
         self.check_started()
+        self._write(target, self._means())
+
+    def _write(self, target: nn.Module | Named, averaged: list[Tensor]) -> None:
+        """Write tensors such as `_means()`, and those copied, into the model."""
         live, copied = self.tracked.peek(target)
-        if live:
-            torch._foreach_copy_(live, self._means())
-        if copied:
-            torch._foreach_copy_(copied, self._copied)
+        write(copied, self._copied)  # first, as averaged buffers are among them
+        write(live, self.tracked.finite(averaged, self._copied))
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -151,20 +154,24 @@ class WeightAverage(ABC):
         if self.count == 0:
             yield
             return
-        self.tracked.peek(model)  # is it this model?
-        with lent(model, self.tracked.owner) as fresh:
-            self._fill(fresh)
+        with self._lent(model, self._means):
             yield
 
-    @torch.no_grad()
-    def _fill(self, target: Named) -> None:
-        """Write the average into tensors by name."""
-        averaged = [real(target[name]) for name in self.tracked.averaged]
+    @contextmanager
+    def _lent(self, model: nn.Module, averaged: Callable[[], list[Tensor]]) -> Iterator[None]:
+        """In this block `model` has tensors such as `_means()`, and those copied."""
+        self.tracked.peek(model)  # is it this model?
+        with lent(model, self.tracked.owner) as fresh:
+            with torch.no_grad():
+                self._fill(fresh, averaged())
+            yield
+
+    def _fill(self, target: Named, averaged: list[Tensor]) -> None:
+        """Write into tensors by name."""
         copied = [target[name] for name in self.tracked.copied]
-        if averaged:
-            torch._foreach_copy_(averaged, self._means())
-        if copied:
-            torch._foreach_copy_(copied, self._copied)
+        write(copied, self._copied[: len(copied)])
+        live = [real(target[name]) for name in self.tracked.averaged]
+        write(live, self.tracked.finite(averaged, self._copied))
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
         """From now on `update(model)` after every step that `optimizer` really takes.
@@ -172,13 +179,7 @@ class WeightAverage(ABC):
         Steps that a `GradScaler` skips don't count, those of fused optimizers neither (there the
         skip is known on the device alone, so each step waits for it). `handle.remove()` ends it.
         """
-
-        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            skipped = getattr(optimizer, "found_inf", None)  # there while a scaler steps it
-            if skipped is None or not skipped.item():
-                self.update(model)
-
-        return optimizer.register_step_post_hook(after)
+        return after_steps(optimizer, model, self.update)
 
     def check_started(self) -> None:
         """Raise `ValueError` where nothing has been averaged yet."""
@@ -190,25 +191,89 @@ class WeightAverage(ABC):
         self.calls = self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and tensors, as aliases."""
-        return {"calls": self.calls, "count": self.count, "tensors": self._all_stored()}
+        """What kind of average it is, counters and tensors, as aliases."""
+        return {
+            "average": self._identity(),
+            "calls": self.calls,
+            "count": self.count,
+            "tensors": self._all_stored(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What another average must have in common to go on from this one's state."""
+        return {"kind": type(self).__name__, "copied buffers": list(self.tracked.following)}
+
+    def _check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for what is no state of such an average."""
+        if not saved.keys() >= {"average", "calls", "count", "tensors"}:
+            raise ValueError(f"not the state of an average: it has {', '.join(map(str, saved))}")
+        check_identity(self._identity(), saved["average"])
 
     def _all_stored(self) -> dict[str, Tensor]:
-        return self._stored() | dict(zip(self.tracked.copied, self._copied, strict=True))
+        return self._stored() | dict(zip(self.tracked.names_copied(), self._copied, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, in place.
 
-        Raises `ValueError` for the state of another model or another kind of average.
+        Options that only say how to go on (as a decay) may be others than those it was saved with.
+
+        Raises `ValueError` for the state of another model or another kind of average, be it one
+        that averages other buffers.
         """
-        if not saved.keys() >= {"calls", "count", "tensors"}:
-            raise ValueError(f"not the state of an average: it has {', '.join(map(str, saved))}")
+        self._check_state(saved)
         mine = self._all_stored()
         check_same(mine, saved["tensors"])
         for name, tensor in mine.items():
             tensor.copy_(saved["tensors"][name])
         self.calls, self.count = saved["calls"], saved["count"]
+
+
+def check_identity(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` with the first thing that differs between two averages."""
+    for key, value in mine.items():
+        other = theirs.get(key)
+        if isinstance(value, list) and isinstance(other, list) and set(value) != set(other):
+            name = min(set(value) ^ set(other))
+            there, here = ("copied", "averaged") if name in other else ("averaged", "copied")
+            raise ValueError(f"the state of another average: {name} is {there} there, {here} here")
+        if not isinstance(value, list) and value != other:
+            raise ValueError(f"the state of another average: {key}={other} there, {value} here")
+
+
+def after_steps(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | Named,
+    update: Callable[[nn.Module | Named], None],
+) -> RemovableHandle:
+    """`update(model)` after every step that `optimizer` really takes, until the handle is removed.
+
+    Raises `ValueError` for what is no optimizer or no model.
+    """
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise ValueError(f"{type(optimizer).__name__} is no optimizer: attach(optimizer, model)")
+    if not isinstance(model, nn.Module | Mapping):
+        raise ValueError(f"{type(model).__name__} is no model: attach(optimizer, model)")
+
+    def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        skipped = getattr(optimizer, "found_inf", None)  # there while a scaler steps it
+        if skipped is None or not skipped.item():
+            update(model)
+
+    return optimizer.register_step_post_hook(after)
+
+
+def write(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy; of an expanded tensor, whose numbers share memory, the one that is there."""
+    if any(0 in t.stride() for t in targets):
+        targets, sources = list(targets), list(sources)
+        for i, target in enumerate(targets):
+            for axis, stride in enumerate(target.stride()):
+                if stride == 0:
+                    targets[i] = targets[i].narrow(axis, 0, min(1, target.shape[axis]))
+                    sources[i] = sources[i].narrow(axis, 0, min(1, target.shape[axis]))
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 @contextmanager

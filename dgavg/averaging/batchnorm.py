@@ -36,13 +36,14 @@ def batchnorm_recalibration(
     """Forward passes in this block give `model` its batch-norm statistics anew.
 
     Inside, only the `layers` (by default all that keep running statistics, instance norm too, but
-    where the model is in training mode those that are too, so frozen ones stay) normalise by the
-    batch, as in training; everything else is in evaluation mode: no dropout, no power iteration of
-    spectral norm. No gradients are kept, and what `torch.compile` made runs uncompiled. On leaving,
-    the layers' running statistics are the exact moments over all rows they saw (of instance norm:
-    the means over all samples), and every mode is as it was; `momentum` and `num_batches_tracked`
-    are never touched. Feed it batches that mix all domains: deeper layers see inputs normalised by
-    the batch.
+    frozen ones) normalise by the batch, as in training; everything else is in evaluation mode: no
+    dropout, no power iteration of spectral norm. Frozen are, in a model in training mode, the
+    layers that are not; in evaluation mode the layers whose weights need no gradient where other
+    weights of the model do: name the `layers` where that can't tell. No gradients are kept, and
+    what `torch.compile` made runs uncompiled. On leaving, the layers' running statistics are the
+    exact moments over all rows they saw (of instance norm: the means over all samples), and every
+    mode is as it was; `momentum` and `num_batches_tracked` are never touched. Feed it batches that
+    mix all domains: deeper layers see inputs normalised by the batch.
 
     Under `torch.distributed` the moments are those of the rows of all ranks, unless `reduce` is
     false. Every rank must come here, with as many batches as it has, be it none. In the block there
@@ -81,6 +82,7 @@ def recalibrate_batchnorm(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
+    layers: Sequence[_NormBase] | None = None,
     reduce: bool = True,
 ) -> None:
     """Give `model` exact batch-norm statistics over `batches`; see `batchnorm_recalibration`.
@@ -95,15 +97,21 @@ def recalibrate_batchnorm(
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}: at least 1, or None for all")
-    if not _chosen(model):
+    layers = _chosen(model) if layers is None else layers
+    if not layers:
         return
-    with batchnorm_recalibration(model, reduce=reduce):
+    with batchnorm_recalibration(model, layers, reduce=reduce):
         for batch in islice(batches, max_batches):
             (forward or pass_on)(model, batch)
 
 
 def _chosen(model: nn.Module) -> list[_NormBase]:
-    return [m for m in statistics_layers(model) if m.training or not model.training]
+    layers = statistics_layers(model)
+    if model.training:
+        return [m for m in layers if m.training]
+    if not any(p.requires_grad for p in model.parameters()):  # as for inference
+        return layers
+    return [m for m in layers if m.weight is None or m.weight.requires_grad]
 
 
 def _check(model: nn.Module, layers: Sequence[_NormBase]) -> None:

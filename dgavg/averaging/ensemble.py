@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dgavg.averaging.mixture import Source, tensors_of
+from dgavg.averaging.mixture import Source, several, tensors_of
 from dgavg.averaging.parameters import wide
 
 
@@ -24,7 +24,7 @@ def ensemble(models: Iterable[Source], logits: Callable[[dict[str, Tensor]], Ten
     Raises `ValueError` for no models, and logits of another shape than the first.
     """
     total: Tensor | None = None
-    for i, model in enumerate(models):
+    for i, model in enumerate(several(models)):
         found = logits(tensors_of(model, f"models[{i}]"))
         if not isinstance(found, Tensor) or not found.is_floating_point():
             raise ValueError(f"the logits of models[{i}] are no floating tensor (N, classes)")

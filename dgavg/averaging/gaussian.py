@@ -13,7 +13,7 @@ from dgavg.averaging.average import WeightAverage
 from dgavg.averaging.batchnorm import pass_on, recalibrate_batchnorm
 from dgavg.averaging.flat import zeros
 from dgavg.averaging.lent import lent
-from dgavg.averaging.parameters import Named, buffers_of, common, plain_name, wide
+from dgavg.averaging.parameters import Named, common, wide
 from dgavg.averaging.vector import Layout
 
 CHUNK = 1 << 18  # numbers at a time: what is done with them finds them in a CPU's cache
@@ -63,12 +63,8 @@ class GaussianPosterior(WeightAverage):
             raise ValueError(f"deviation_dtype={deviation_dtype}: choose one of {kinds}")
         self.rank, self.var_clamp, self.deviation_dtype = int(rank), var_clamp, deviation_dtype
         super().__init__(source, **options)
-        given = options.get("buffer_names")
-        if given is None:
-            buffers = buffers_of(source) if isinstance(source, nn.Module) else frozenset()
-        else:
-            buffers = frozenset(plain_name(name, self.tracked.like) for name in given)
-        self._still = [i for i, name in enumerate(self.tracked.averaged) if name in buffers]
+        names = self.tracked.buffers
+        self._still = [i for i, name in enumerate(self.tracked.averaged) if name in names]
 
     def _allocate(self, live: list[Tensor]) -> None:
         self._layout = Layout(live)
@@ -119,6 +115,9 @@ class GaussianPosterior(WeightAverage):
     def _means(self) -> list[Tensor]:
         return self._layout.views(self._mean)
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "rank": self.rank}
+
     def _stored(self) -> dict[str, Tensor]:
         parts = {"mean": self._mean, "m2": self._m2}
         if self.rank:
@@ -152,7 +151,10 @@ class GaussianPosterior(WeightAverage):
         """
         self.check_started()
         flat = (self._m2 / self.count).clamp_(min=self.var_clamp)
-        found = dict(zip(self.tracked.averaged, self._layout.views(flat), strict=True))
+        views = self._layout.views(flat)
+        for i in self.tracked.guarded:  # without a mean they are copied: nothing varies
+            views[i].nan_to_num_(nan=self.var_clamp, posinf=self.var_clamp)
+        found = dict(zip(self.tracked.averaged, views, strict=True))
         for name in found:
             if self.tracked.like[name].is_complex():
                 found[name] = found[name].sum(dim=-1)
@@ -264,12 +266,14 @@ class GaussianPosterior(WeightAverage):
 
         Memory: 2 models, a third where the model is not in float32; the probabilities twice.
 
-        Raises `ValueError` for no samples, no inputs, and iterators, which end after one sample;
-        and as `sample` does.
+        Raises `ValueError` for no samples, no inputs, one batch with its labels (two batches, by
+        the form of it), and iterators, which end after one sample; and as `sample` does.
         """
         if samples < 1:
             raise ValueError(f"samples={samples}: at least 1")
         rows = [inputs] if isinstance(inputs, Tensor | Mapping) else inputs
+        if _is_labelled(rows):
+            raise ValueError("inputs has labels beside the inputs: give these alone, or [(x, y)]")
         for name, given in (("inputs", rows), ("batches", batches)):
             if isinstance(given, Iterator):
                 raise ValueError(f"{name} end after one sample: give a list or a DataLoader")
@@ -317,6 +321,16 @@ def _probabilities(
     if not found:
         raise ValueError("no inputs: predictions need at least one batch")
     return [logits.to(wide(logits.dtype)).softmax(dim=1) for logits in found]
+
+
+def _is_labelled(rows: object) -> bool:
+    """Whether it is inputs and a target for each, where a list of batches belongs."""
+    if not isinstance(rows, list | tuple) or len(rows) != 2:
+        return False
+    x, y = rows
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return False
+    return x.dim() > 1 and y.dim() == 1
 
 
 def _write(fresh: Named, weights: Named) -> None:

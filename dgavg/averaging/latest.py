@@ -53,6 +53,9 @@ class LatestMean(WeightAverage):
                 mean.lerp_(t.to(mean.dtype), 1 / (i + 1))
         return means
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "k": self.k}
+
     def _stored(self) -> dict[str, Tensor]:
         return {
             f"{i}/{name}": tensor

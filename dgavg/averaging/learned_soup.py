@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dgavg.averaging.mixture import Mixture, Source, require_same, tensors_of
+from dgavg.averaging.mixture import Mixture, Source, require_same, several, tensors_of
 from dgavg.averaging.parameters import named_tensors, names_of, real, wide
 
 Loss = Callable[..., Tensor]
@@ -31,7 +31,7 @@ class LearnedSoup:
 
 @torch.enable_grad()
 def learned_soup(
-    models: Sequence[Source],
+    models: Iterable[Source],
     model: nn.Module,
     loss: Loss,
     batches: Iterable[Any],
@@ -57,7 +57,7 @@ def learned_soup(
     Raises `ValueError` for no models or batches, other names or shapes, and a loss that is not
     finite or does not depend on the weights.
     """
-    learner = _Learner(models, model, loss, by_layer)
+    learner = _Learner(list(several(models)), model, loss, by_layer)
     beta = torch.ones((), device=next(model.parameters()).device, requires_grad=temperature)
     learned = [learner.logits, beta] if temperature else [learner.logits]
     optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +37,10 @@ def lent(model: nn.Module, owner: Mapping[str, str]) -> Iterator[dict[str, Tenso
             _put_back(part, had)
 
 
-def _put_back(part: dict[str, Any], had: Mapping[str, Any]) -> None:
+def _put_back(part: MutableMapping[str, Any], had: Mapping[str, Any]) -> None:
     """The tensors that a module had, where it has none or others of the same shape now."""
+    has = dict(part)  # those of scripted modules have no `get`
     for key, tensor in had.items():
-        now = part.get(key)
+        now = has.get(key)
         if tensor is not None and now is not tensor and (now is None or now.shape == tensor.shape):
             part[key] = tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -22,12 +22,22 @@ Source: TypeAlias = nn.Module | Named | Callable[[], nn.Module | Named]
 """A module, its tensors by name, or a function that loads them: then one is in memory at a time."""
 
 
+def several(models: Iterable[Source]) -> Iterable[Source]:
+    """`models`. Raises `ValueError` for a single one."""
+    one = isinstance(models, nn.Module | Mapping) and not isinstance(models, nn.ModuleList)
+    if one or not isinstance(models, Iterable):
+        raise ValueError(f"models is one {type(models).__name__}: give a list of models")
+    return models
+
+
 def tensors_of(model: Source, place: str) -> dict[str, Tensor]:
     """The tensors of `model` by plain name, aliases of what it holds or loads.
 
     Raises `ValueError` for anything else than a `Source`; `place` is what the message calls it.
     """
-    found = model() if callable(model) and not isinstance(model, nn.Module) else model
+    found = model
+    if callable(model) and not isinstance(model, nn.Module | Mapping | type):
+        found = model()
     if not isinstance(found, nn.Module | Mapping):
         raise ValueError(
             f"{place} is {type(found).__name__}: give a module, a mapping of tensors by name, or a "

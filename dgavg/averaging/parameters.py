@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -61,7 +62,8 @@ def named_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
 
     What else a state dict may hold (`get_extra_state`, a tensor or not) is left out.
 
-    Raises `ValueError` where two names differ in such prefixes alone.
+    Raises `ValueError` where two names differ in such prefixes alone, for what is neither a model
+    nor a mapping of names to tensors, and for sharded and quantised tensors.
     """
     if not isinstance(source, nn.Module):
         return _plain(_tensors(source))
@@ -73,7 +75,8 @@ def named_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
 def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
     """As `named_tensors`, and the buffers that a model does not save; those of a mapping as given.
 
-    Raises `ValueError` for tensors that can't be averaged: lazy ones without a shape, sparse ones.
+    Raises `ValueError` as that does, and for tensors that can't be averaged: lazy ones without a
+    shape, sparse ones.
     """
     found = dict(_walk(source)) if isinstance(source, nn.Module) else _tensors(source)
     for name, tensor in found.items():
@@ -81,6 +84,7 @@ def all_tensors(source: nn.Module | Named) -> dict[str, Tensor]:
             raise ValueError(f"{name} has no shape yet: run one batch before you make an average")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} is sparse: averages are of dense tensors")
+        _check_whole(name, tensor)
     return _plain(found)
 
 
@@ -106,11 +110,31 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(found: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of a state dict without the extra state of modules, which may be anything."""
-    tensors = {name: entry for name, entry in found.items() if isinstance(entry, Tensor)}
-    if found and not tensors:
+    if not isinstance(found, Mapping):
+        kind = "a class" if isinstance(found, type) else f"of type {type(found).__name__}"
+        raise ValueError(f"the source is {kind}: give a model or a mapping of names to tensors")
+    entries = {k: v for k, v in found.items() if str(k).rpartition(".")[2] != "_extra_state"}
+    tensors: dict[str, Tensor] = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
+    if found and not any(isinstance(v, Tensor) for v in found.values()):
+        for name, entry in entries.items():
+            if isinstance(entry, Mapping) and any(isinstance(v, Tensor) for v in entry.values()):
+                raise ValueError(f"no tensors, but a checkpoint: give its {name!r} entry")
         first = next(iter(found))
         raise ValueError(f"no tensors, {first} is {type(found[first]).__name__}: give a state dict")
-    return {k: t for k, t in tensors.items() if k.rpartition(".")[2] != "_extra_state"}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is no name: give a mapping of names to tensors")
+        _check_whole(name, tensor)
+    return tensors
+
+
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Raise `ValueError` for a tensor that has no numbers of its own to average."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # slow to import
+    if sharding is not None and isinstance(tensor, sharding.DTensor):
+        raise ValueError(f"{name} is a DTensor: sharded models are not supported")
+    if tensor.is_quantized:
+        raise ValueError(f"{name} is quantised: average before quantising")
 
 
 def _plain(tensors: Named) -> dict[str, Tensor]:

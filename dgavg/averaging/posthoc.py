@@ -9,17 +9,21 @@ those weights as a share of N. Snapshots of averages of a few lengths span, near
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from dgavg.averaging.average import after_steps
 from dgavg.averaging.convex import ConvexMean
 from dgavg.averaging.parameters import Named, common
 from dgavg.averaging.vector import Layout
 
-LONGEST = 1 / math.sqrt(12)  # of the uniform mean, γ = 0
+LONGEST = 0.2887  # 1/√12 as it is written: the uniform mean, γ = 0
+MISFIT = 0.5  # squared, relative; along a random walk such a fit is off by at most a fifth
 
 
 def power_of(length: float) -> float:
@@ -30,8 +34,8 @@ def power_of(length: float) -> float:
     >>> [round(power_of(x), 2) for x in (0.05, 0.10, 0.25)]
     [16.97, 6.94, 0.72]
     """
-    if not 0 < length <= LONGEST + 1e-9:
-        raise ValueError(f"length={length}: a share of training in (0, {LONGEST:.4f}]")
+    if not 0 < length <= LONGEST:
+        raise ValueError(f"length={length}: a share of training in (0, {LONGEST}]")
     low, high = 0.0, 1.0 / length  # since length < 1/γ
     for _ in range(100):
         middle = (low + high) / 2
@@ -55,12 +59,18 @@ class PowerMean(ConvexMean):
         """1 − β."""
         return 1.0 - math.pow(1.0 - 1.0 / (self.count + 1), self.power + 1.0)
 
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "length": self.length}
+
 
 class PostHocMean:
     """Power-function averages of a few `lengths`, and snapshots of them to make others from.
 
     `update(model)` takes in weights and, every `snapshot_every` updates that count, stores a
-    snapshot of each average; `weights(length, at)` gives the average of any length at any update.
+    snapshot of each average; `weights(length, at)` gives the average of another length, now or at
+    an earlier update, if the snapshots hold it: lengths between those kept and longer ones do well
+    now and at a snapshot, and between two snapshots where many have been stored. The more there
+    are, the shorter lengths may be. What they don't hold is refused.
     `dtype` stores snapshots in fewer bits (bfloat16 keeps every magnitude, float16 does not).
     `options` are those of `WeightAverage`.
 
@@ -80,12 +90,17 @@ class PostHocMean:
     ) -> None:
         if not lengths or len(set(lengths)) < len(lengths):
             raise ValueError(f"lengths={list(lengths)}: at least one, all different")
-        if snapshot_every < 1:
-            raise ValueError(f"snapshot_every={snapshot_every}: updates from 1 on")
+        if not (1 <= snapshot_every < math.inf and snapshot_every == int(snapshot_every)):
+            raise ValueError(f"snapshot_every={snapshot_every}: a number of updates from 1 on")
         self.averages = [PowerMean(source, length=length, **options) for length in lengths]
-        self.snapshot_every, self.dtype = snapshot_every, dtype
+        self.snapshot_every, self.dtype = int(snapshot_every), dtype
         self._layout = Layout(self.averages[0]._means())
         self.snapshots: list[dict[str, Any]] = []
+
+    @property
+    def calls(self) -> int:
+        """Updates asked for."""
+        return self.averages[0].calls
 
     @property
     def count(self) -> int:
@@ -117,18 +132,38 @@ class PostHocMean:
 
         The least-squares fit of their weight profiles to that of `length` after `at` updates.
 
-        Raises `ValueError` before the first update, and for an `at` that is past it.
+        Raises `ValueError` before the first update, for an `at` that is no update so far, and where
+        the fit misses more than half of the squared norm of the profile.
         """
+        found, missed = self._fit(length, at)
+        if not missed <= MISFIT:
+            raise ValueError(self._too_far(length, self.count if at is None else at, missed))
+        return found
+
+    def can_make(self, length: float, at: int | None = None) -> bool:
+        """Whether `weights(length, at)` would not be refused for a bad fit.
+
+        Raises `ValueError` before the first update and for values out of range.
+        """
+        return self._fit(length, at)[1] <= MISFIT
+
+    def _fit(self, length: float, at: int | None) -> tuple[list[float], float]:
         self.averages[0].check_started()
         at = self.count if at is None else at
-        if not 1 <= at <= self.count:
+        if not (1 <= at <= self.count and at == int(at)):
             raise ValueError(f"at={at}: an update from 1 to {self.count}")
-        profiles = [(s["count"], s["power"]) for s in self._sources()]
-        target = (at, power_of(length))
-        a = torch.tensor([[_product(p, q) for q in profiles] for p in profiles]).double()
-        b = torch.tensor([_product(p, target) for p in profiles]).double()
-        found = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
-        return list((found / found.sum()).tolist())
+        return fit([(s["count"], s["power"]) for s in self._sources()], (at, power_of(length)))
+
+    def _too_far(self, length: float, at: int, missed: float) -> str:
+        stored = sorted({s["count"] for s in self._sources()})
+        below, above = [n for n in stored if n < at], [n for n in stored if n > at]
+        kept = ", ".join(str(a.length) for a in self.averages)
+        if at in stored:
+            advice = f"choose a length nearer to {kept}, or a smaller snapshot_every"
+        else:
+            near = " or ".join(map(str, [*below[-1:], *above[:1]]))
+            advice = f"choose at={near}, the nearest snapshots, or a smaller snapshot_every"
+        return f"length={length}, at={at}: the snapshots miss {missed:.0%} of it; {advice}"
 
     @torch.no_grad()
     def weights(self, length: float, at: int | None = None) -> dict[str, Tensor]:
@@ -137,13 +172,48 @@ class PostHocMean:
         What is copied, such as integers, is that of the newest update. Raises `ValueError` as
         `coefficients` does.
         """
+        return self.averages[0]._by_name(self._sums(self.coefficients(length, at)))
+
+    @torch.no_grad()
+    def copy_to(self, target: nn.Module | Named, length: float, at: int | None = None) -> None:
+        """Write the average of `length` after `at` updates into the model, in place; see `weights`.
+
+        Raises `ValueError` as `coefficients` does.
+        """
+        self.averages[0]._write(target, self._sums(self.coefficients(length, at)))
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, length: float, at: int | None = None) -> Iterator[None]:
+        """In this block `model` has the average of `length` after `at` updates.
+
+        Else as `WeightAverage.applied_to`. Raises `ValueError` as `coefficients` does, but before
+        the first update that counts the model stays as it is.
+        """
+        if self.count == 0:
+            yield
+            return
         shares = self.coefficients(length, at)
-        newest = self.averages[0]
-        sums = [torch.zeros_like(t) for t in newest._means()]
+        with self.averages[0]._lent(model, lambda: self._sums(shares)):
+            yield
+
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+        """`update(model)` after every step really taken; see `WeightAverage.attach`."""
+        return after_steps(optimizer, model, self.update)
+
+    def restart(self) -> None:
+        """Forget everything averaged so far, and all snapshots."""
+        for average in self.averages:
+            average.restart()
+        self.snapshots = []
+
+    @torch.no_grad()
+    def _sums(self, shares: Sequence[float]) -> list[Tensor]:
+        """The snapshots and averages, each times its share, summed."""
+        sums = [torch.zeros_like(t) for t in self.averages[0]._means()]
         for share, source in zip(shares, self._sources(), strict=True):
             for total, tensor in zip(sums, self._tensors(source), strict=True):
                 total.add_(tensor.to(total.device, total.dtype), alpha=share)
-        return newest._by_name(sums)
+        return sums
 
     def _tensors(self, source: dict[str, Any]) -> list[Tensor]:
         """Those of a snapshot, or of an average as it stands."""
@@ -170,14 +240,36 @@ class PostHocMean:
 
         Raises `ValueError` for the state of another model or other lengths.
         """
+        if not saved.keys() >= {"averages", "snapshots"}:
+            raise ValueError(
+                f"not the state of a post-hoc mean: it has {', '.join(map(str, saved))}"
+            )
         if len(saved["averages"]) != len(self.averages):
             raise ValueError(
                 f"the state has {len(saved['averages'])} averages, not {len(self.averages)}: "
                 "give the lengths it was made with"
             )
         for average, state in zip(self.averages, saved["averages"], strict=True):
+            average._check_state(state)
+        for average, state in zip(self.averages, saved["averages"], strict=True):
             average.load_state_dict(state)
         self.snapshots = [{**s, "vector": s["vector"].clone()} for s in saved["snapshots"]]
+
+
+Profile = tuple[int, float]  # the updates that an average takes in, and its γ
+
+
+def fit(profiles: Sequence[Profile], target: Profile) -> tuple[list[float], float]:
+    """The least-squares fit of profiles to another: coefficients, scaled to sum to 1, and misfit.
+
+    The misfit is ‖target − Σ cᵢ·profileᵢ‖²/‖target‖².
+    """
+    a = torch.tensor([[_product(p, q) for q in profiles] for p in profiles]).double()
+    b = torch.tensor([_product(p, target) for p in profiles]).double()
+    c = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
+    c = c / c.sum()
+    norm = _product(target, target)
+    return list(c.tolist()), float((norm - 2 * (c @ b) + c @ a @ c) / norm)
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -188,7 +280,7 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _product(p: tuple[int, float], q: tuple[int, float]) -> float:
+def _product(p: Profile, q: Profile) -> float:
     """The inner product of two weight profiles (updates, γ) as functions of time."""
     (tp, gp), (tq, gq) = p, q
     early, exponent = min(tp, tq) / max(tp, tq), (gq if tp < tq else gp)

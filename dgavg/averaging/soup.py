@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dgavg.averaging.mixture import Mixture, Source, tensors_of
+from dgavg.averaging.mixture import Mixture, Source, several, tensors_of
 
 
 def uniform_soup(models: Iterable[Source]) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def uniform_soup(models: Iterable[Source]) -> dict[str, Tensor]:
     Raises `ValueError` for no models, and for one with other names or shapes.
     """
     soup: Mixture | None = None
-    for i, model in enumerate(models):
+    for i, model in enumerate(several(models)):
         soup = _stirred(soup, model, i)
     if soup is None:
         raise ValueError("no models: a soup needs at least one")
@@ -56,7 +56,7 @@ class GreedySoup:
 
 
 def greedy_soup(
-    models: Sequence[Source],
+    models: Iterable[Source],
     score: Callable[[dict[str, Tensor]], float],
     *,
     scores: Sequence[float] | None = None,
@@ -75,6 +75,7 @@ def greedy_soup(
 
     Raises `ValueError` for no models, other names or shapes, and scores that are all NaN.
     """
+    models = list(several(models))
     if not models:
         raise ValueError("no models: a soup needs at least one")
     if scores is None:

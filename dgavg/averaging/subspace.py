@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dgavg.averaging.average import WeightAverage
-from dgavg.averaging.parameters import Named, buffers_of, names_of, plain_name, real, same_memory
+from dgavg.averaging.average import WeightAverage, write
+from dgavg.averaging.parameters import Named, names_of, plain_name, real, same_memory
 from dgavg.averaging.samples import Samples
 
 FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding
@@ -61,18 +62,14 @@ class WeightSubspace(WeightAverage):
         *,
         k: int = 5,
         centred: bool = True,
-        buffer_names: frozenset[str] | None = None,
         **options: Any,
     ) -> None:
-        if k < 1 or k != int(k):
+        if not (1 <= k < math.inf and k == int(k)):
             raise ValueError(f"k={k}: a number of models from 1 on")
-        self.k, self.centred = k, centred
-        if isinstance(source, nn.Module) and buffer_names is None:
-            buffer_names = buffers_of(source)
-        self._buffer_names = buffer_names or ()
-        self._coefficients = torch.zeros(k, dtype=torch.float64)
+        self.k, self.centred = int(k), centred
+        self._coefficients = torch.zeros(self.k, dtype=torch.float64)
         self._basis: Tensor | None = None
-        super().__init__(source, buffer_names=buffer_names, **options)
+        super().__init__(source, **options)
 
     @property
     def samples(self) -> int:
@@ -149,9 +146,14 @@ class WeightSubspace(WeightAverage):
         """
         self.check_started()
         live, copied = self.tracked.peek(target)
+        if any(0 in t.stride() for t in live):  # expanded: nothing can be mixed there
+            self._write(target, self._mixed(coefficients))
+            return
+        write(copied, self._copied)
         self._mix(coefficients, live)
-        if copied:
-            torch._foreach_copy_(copied, self._copied)
+        for tensor, finite in zip(live, self.tracked.finite(live, self._copied), strict=True):
+            if finite is not tensor:
+                tensor.copy_(finite)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave, in place; see `WeightAverage`."""
@@ -159,8 +161,7 @@ class WeightSubspace(WeightAverage):
         self._basis = None
 
     def _allocate(self, live: list[Tensor]) -> None:
-        buffers = {plain_name(name, self.tracked.like) for name in self._buffer_names}
-        counted = [name not in buffers for name in self.tracked.averaged]
+        counted = [name not in self.tracked.buffers for name in self.tracked.averaged]
         self._samples = Samples.room_for(self.k, live, self.device, counted)
 
     def _follow(self, live: list[Tensor]) -> None:
@@ -226,6 +227,9 @@ class WeightSubspace(WeightAverage):
                 found[i] = found[i] + gradient
             seen.add(same_memory(gradient))
         return found
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "k": self.k}
 
     def _stored(self) -> dict[str, Tensor]:
         found = {

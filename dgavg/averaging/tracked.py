@@ -23,6 +23,7 @@ from dgavg.averaging.parameters import (
     unsaved_names,
 )
 
+STATISTICS = ("running_mean", "running_var")  # of normalisation layers: never masks
 POLICIES = ("average", "copy")
 Policy = str | Callable[[str], str]  # "average", "copy", or which of them by a buffer's name
 
@@ -30,15 +31,22 @@ Policy = str | Callable[[str], str]  # "average", "copy", or which of them by a 
 class Tracked:
     """The tensors of a model, sorted into those to average and those to copy.
 
-    Floating and complex ones are averaged, integers, booleans and masks with infinities copied;
-    tied ones stand once, under their first name; `buffers` says what becomes of floating buffers.
-    With a mapping as source, `buffer_names` tells which of its names are buffers; without it all
-    are taken for weights.
+    Floating and complex ones are averaged, integers and booleans copied; tied ones stand once,
+    under their first name; `buffers` says what becomes of floating buffers. `buffer_names` adds to
+    the buffers of a module; with a mapping as source it tells which of its names are buffers, and
+    without it all are taken for weights: masks with infinities are copied then.
 
-    `averaged` and `copied` are the names, in the order of every list of tensors; `owner` gives the
-    name that stores each tensor, `unsaved` the buffers that a state dict leaves out.
+    An averaged buffer, but for running statistics, may be or become a mask, and a mean of
+    infinities is NaN. So it is copied as well, and where its mean is not finite, `finite` takes the
+    copy.
 
-    Raises `ValueError` for a policy that is none, and for tensors that can't be averaged.
+    `averaged` and `copied` are the names, in the order of every list of tensors; lists of those
+    copied go on with these averaged buffers, whose places among the averaged are `guarded`. `owner`
+    gives the name that stores each tensor, `unsaved` the buffers that a state dict leaves out,
+    `buffers` the names of all, `following` those of floating ones that policy alone has copied.
+
+    Raises `ValueError` for a policy that is none, for names of buffers that the source does not
+    have, and for tensors that can't be averaged.
     """
 
     def __init__(
@@ -54,19 +62,25 @@ class Tracked:
         tensors = all_tensors(source)
         if isinstance(source, nn.Module):
             self.unsaved = unsaved_names(source)
-            buffer_names = buffer_names or buffers_of(source)
         else:
             self.unsaved = set()
-        names = {plain_name(k, tensors) for k in buffer_names or ()}
+        self.buffers = names = _buffers(source, tensors, buffer_names)
         seen: dict[Any, str] = {}
         self.owner = {k: seen.setdefault(same_memory(t), k) for k, t in tensors.items()}
         self.averaged: list[str] = []
         self.copied: list[str] = []
+        self.guarded: list[int] = []
+        self.following: list[str] = []
         for name, tensor in tensors.items():
             if self.owner[name] != name:
                 continue
             policy = _policy(buffers, name) if name in names else "average"
-            averaged = policy == "average" and _has_mean(name, tensor)
+            averaged = _has_mean(name, tensor, name in names)
+            if averaged and policy == "copy":
+                self.following.append(name)
+                averaged = False
+            if averaged and name in names and name.rpartition(".")[2] not in STATISTICS:
+                self.guarded.append(len(self.averaged))
             (self.averaged if averaged else self.copied).append(name)
         self.like = {k: t.detach().to("meta") for k, t in tensors.items()}
         self._watch: _Watch | None = None
@@ -104,12 +118,27 @@ class Tracked:
 
     def _sorted(self, tensors: Named) -> tuple[list[Tensor], list[Tensor]]:
         averaged = [real(tensors[k].detach()) for k in self.averaged]
-        return averaged, [tensors[k].detach() for k in self.copied]
+        copied = [tensors[k].detach() for k in self.copied]
+        return averaged, copied + [averaged[i] for i in self.guarded]
+
+    def names_copied(self) -> list[str]:
+        """A name for each in a list of those copied, for checkpoints."""
+        return [*self.copied, *(f"newest/{self.averaged[i]}" for i in self.guarded)]
+
+    def finite(self, averaged: list[Tensor], copied: list[Tensor]) -> list[Tensor]:
+        """`averaged`, with the copy of a buffer where its mean is infinite or NaN."""
+        found = list(averaged)
+        if _all_finite([averaged[i] for i in self.guarded]):
+            return found
+        for i, newest in zip(self.guarded, copied[len(self.copied) :], strict=True):
+            mean = averaged[i]
+            found[i] = torch.where(mean.isfinite(), mean, newest.to(mean.device, mean.dtype))
+        return found
 
     def named(self, averaged: list[Tensor], copied: list[Tensor]) -> dict[str, Tensor]:
         """Tensors in the order of `live` under all names of the model, in its dtypes."""
-        found = dict(zip(self.copied, copied, strict=True))
-        for name, tensor in zip(self.averaged, averaged, strict=True):
+        found = dict(zip(self.copied, copied, strict=False))  # those guarded follow
+        for name, tensor in zip(self.averaged, self.finite(averaged, copied), strict=True):
             found[name] = as_model(tensor, self.like[name])
         return {name: found[owner] for name, owner in self.owner.items()}
 
@@ -125,12 +154,37 @@ def as_model(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
-def _has_mean(name: str, tensor: Tensor) -> bool:
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """False where the norm is not; a device is waited for once."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(tensors)
+    return bool(torch.stack([n.to(norms[0]) for n in norms]).isfinite().all())
+
+
+def _buffers(
+    source: nn.Module | Named, tensors: Named, given: frozenset[str] | None
+) -> frozenset[str]:
+    """The names of the buffers, those `given` among them."""
+    if isinstance(given, str):
+        raise ValueError(f"buffer_names={given!r}: a set of names")
+    found = frozenset(plain_name(name, tensors) for name in given or ())
+    known = set(tensors)
+    if not isinstance(source, nn.Module):  # extra state too
+        known |= {plain_name(name, tensors) for name in source}
+    unknown = sorted(found - known)
+    if unknown:
+        raise ValueError(f"buffer_names has {', '.join(unknown[:3])}: no tensors of the source")
+    return found | buffers_of(source) if isinstance(source, nn.Module) else found
+
+
+def _has_mean(name: str, tensor: Tensor, is_buffer: bool) -> bool:
     if tensor.is_meta:
         raise ValueError(f"{name} has no values yet: move the model off the meta device first")
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return False
-    return tensor.requires_grad or not bool(tensor.isinf().any())  # a mask's -inf has no mean
+    # A mask's -inf has no mean; of buffers `finite` takes care, whenever it gets there.
+    return is_buffer or tensor.requires_grad or not bool(tensor.isinf().any())
 
 
 def _policy(buffers: Policy, name: str) -> str:

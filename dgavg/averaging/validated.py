@@ -61,6 +61,11 @@ class ValidatedMean(ConvexMean):
         super().update(source)
         self.metric, self._scored = None, False
 
+    def blend(self, other: ConvexMean, rate: float) -> None:
+        """As that of `ConvexMean`; no metric is known then, and a lookahead is out of date."""
+        super().blend(other, rate)
+        self.metric, self._scored = None, False
+
     @torch.no_grad()
     def lookahead(self, source: nn.Module | Named) -> dict[str, Tensor]:
         """The average with the weights of `source` taken in, by name; the average stays as it is.
@@ -150,7 +155,5 @@ class ValidatedMean(ConvexMean):
 
         Raises `ValueError` for the state of another model or another kind of average.
         """
-        if "metric" not in saved:
-            raise ValueError(f"not the state of a validated mean: it has {', '.join(saved)}")
         super().load_state_dict(saved)
         self.metric, self._scored = saved["metric"], False

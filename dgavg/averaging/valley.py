@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,10 @@ class LossValley(ConvexMean):
         """1/(n + 1) after n weights since the last evaluation."""
         return 1.0 / (self.sums.counts["segment"] + 1)
 
+    def blend(self, other: ConvexMean, rate: float) -> NoReturn:
+        """Raises `ValueError`: a valley takes in weights, and a loss that speaks for them."""
+        raise ValueError("a valley can't be blended: take its weights into a RunningMean")
+
     def restart(self) -> None:
         """Forget everything: the next weights are the first."""
         super().restart()
@@ -130,6 +134,10 @@ class LossValley(ConvexMean):
     def _means(self) -> list[Tensor]:
         return self.sums.mean(self.rule.answer(self.sums))
 
+    def _identity(self) -> dict[str, Any]:
+        rule = next(name for name, kind in RULES.items() if kind is type(self.rule))
+        return {**super()._identity(), "rule": rule}
+
     def _stored(self) -> dict[str, Tensor]:
         return {
             f"{part}/{name}": tensor
@@ -147,8 +155,7 @@ class LossValley(ConvexMean):
 
         Raises `ValueError` for the state of another model, another rule or another average.
         """
-        if not saved.keys() >= {"counts", "rule"}:
-            raise ValueError(f"not the state of a valley: it has {', '.join(map(str, saved))}")
+        self._check_state(saved)
         rule = type(self.rule)(*self._settings)
         rule.load_state_dict(saved["rule"])
         before, self.sums = self.sums, Sums()

@@ -163,6 +163,18 @@ def test_a_model_in_evaluation_mode_is_recalibrated_and_stays_in_it():
     assert not model[0].training
 
 
+def test_in_evaluation_mode_layers_without_gradients_are_frozen_if_others_have_some():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+    model[0].requires_grad_(False)
+    recalibrate_batchnorm(model.eval(), [torch.randn(50, 2) + 5])
+    assert model[0].running_mean.tolist() == [0.0, 0.0]
+    assert model[1].running_mean.min() > 4
+    assert model[2].num_batches_tracked == 0
+    assert model[2].running_mean.abs().min() > 0
+    recalibrate_batchnorm(model.requires_grad_(False), [torch.randn(50, 2) + 5])  # for inference
+    assert model[0].running_mean.min() > 4
+
+
 def test_a_model_that_is_all_frozen_is_left_alone():
     model = nn.Sequential(nn.BatchNorm1d(3)).train()
     model[0].eval()
@@ -179,6 +191,10 @@ def test_layers_may_be_chosen():
         model(x)
     assert model[0].running_mean.tolist() == [0.0, 0.0]
     _, var = moments([x.numpy() / np.sqrt(1 + model[0].eps)])
+    np.testing.assert_allclose(model[1].running_var.numpy(), var, rtol=1e-5)
+    model[1].reset_running_stats()
+    recalibrate_batchnorm(model, [x], layers=[model[1]])
+    assert model[0].running_mean.tolist() == [0.0, 0.0]
     np.testing.assert_allclose(model[1].running_var.numpy(), var, rtol=1e-5)
 
 

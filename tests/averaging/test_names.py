@@ -185,5 +185,5 @@ def test_soups_leave_extra_state_out(extra):
 
 @pytest.mark.parametrize("use", [RunningMean, lambda source: uniform_soup([source])])
 def test_what_holds_no_tensors_is_no_state_dict(use):
-    with pytest.raises(ValueError, match="no tensors, model is dict: give a state dict"):
-        use({"model": {"w": torch.ones(1)}, "epoch": 3})
+    with pytest.raises(ValueError, match="no tensors, rate is float: give a state dict"):
+        use({"rate": 0.5, "epoch": 3})

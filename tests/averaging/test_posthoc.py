@@ -42,9 +42,10 @@ def test_a_length_is_the_deviation_of_the_weights_in_time(length):
 
 def test_the_longest_is_the_uniform_mean():
     assert power_of(1 / math.sqrt(12)) == pytest.approx(0, abs=1e-6)
+    assert power_of(0.2887) == 0  # as messages and papers write it
 
 
-@pytest.mark.parametrize("length", [0.0, -0.1, 0.3, math.nan])
+@pytest.mark.parametrize("length", [0.0, -0.1, 0.28871, 0.3, math.nan])
 def test_a_length_out_of_range_is_refused(length):
     with pytest.raises(ValueError, match=rf"length={length}: a share of training in \(0, 0.2887\]"):
         PowerMean({"w": torch.zeros(1)}, length=length)
@@ -106,7 +107,7 @@ def test_an_earlier_update_is_reconstructed_too():
     kept = taken(PowerMean({"w": weights[0]}, length=0.1), weights[:850]).weights()["w"]
     gap = (post.weights(0.1, at=850)["w"] - kept).norm() / (weights[-1] - kept).norm()
     assert gap < 0.02
-    for at in (0, 1601):
+    for at in (0, 1601, 2.5):
         with pytest.raises(ValueError, match=f"at={at}: an update from 1 to 1600"):
             post.weights(0.1, at=at)
 
@@ -175,7 +176,8 @@ def test_other_lengths_or_models_in_a_state_are_refused():
     [
         ({"lengths": []}, r"lengths=\[\]: at least one"),
         ({"lengths": [0.1, 0.1]}, r"lengths=\[0.1, 0.1\]: at least one, all different"),
-        ({"snapshot_every": 0}, "snapshot_every=0: updates from 1 on"),
+        ({"snapshot_every": 0}, "snapshot_every=0: a number of updates from 1 on"),
+        ({"snapshot_every": 1.5}, r"snapshot_every=1\.5: a number of updates from 1 on"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

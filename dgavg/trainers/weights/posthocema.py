@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgavg.averaging.posthoc import PostHocMean, power_of
+from dgavg.averaging.posthoc import MISFIT, PostHocMean, fit, power_of
 from dgavg.errors import UserError, require
 from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
@@ -16,14 +16,14 @@ class PostHocEMA(Trainer):
     A shadow: training is untouched, bit for bit. Offers a candidate for each length in `offer`,
     named by it in percent: `posthocema5`, `posthocema10`, `posthocema20`. A length is the standard
     deviation of the weights in time as a share of the run so far, so unlike a decay it needs no
-    change when the run is longer. After `fit` the field `average` gives any other length, at any
-    step: `average.weights(length, at)`.
+    change when the run is longer. After `fit`, `average.weights(length, at)` gives other lengths,
+    at snapshots and between them where the fit is good.
 
     - `offer` ([0.05, 0.1, 0.2]; up to 0.2887, the uniform mean): lengths to score.
     - `lengths` ([0.05, 0.1], the authors'): averages kept while training.
-    - `snapshots` (8): how often in the run they are stored; more fit other lengths better (along a
-      random walk 8 miss the average of length 0.2 by 3 % of its distance to the last weights, 16 by
-      0.6 %).
+    - `snapshots` (8): at most how often in the run they are stored; more fit other lengths better
+      (along a random walk 8 miss the average of length 0.2 by 3 % of its distance to the last
+      weights, 16 by 0.6 %).
     - `start` (0), `every` (1): as those of `ema`.
     - `batchnorm` (`average`): `keep`, `average` or `recalibrate`.
 
@@ -56,13 +56,32 @@ class PostHocEMA(Trainer):
                     power_of(value)
                 except ValueError as error:
                     raise UserError(f"trainer.posthocema.{key}={values}: {error}") from None
+        names = self.candidate_names()
+        require(
+            len(set(names)) == len(names),
+            f"trainer.posthocema.offer={list(self.offer)}: two of them are both "
+            f"{max(names, key=names.count)}, named by six digits",
+        )
 
     def setup(self, run: Run) -> None:
         """Make room for the averages."""
         options = by_step(self, run)
-        updates = (run.steps - options["start"]) // self.every
-        every = max(updates // self.snapshots, 1)
+        updates = max(-(-(run.steps - options["start"]) // self.every), 1)
+        every = -(-updates // self.snapshots)
         self.average = PostHocMean(run.live, lengths=self.lengths, snapshot_every=every, **options)
+        self._require_fits(sorted({*range(every, updates + 1, every), updates}))
+
+    def _require_fits(self, counts: list[int]) -> None:
+        """Raise `UserError` for a length that the snapshots of the whole run can't make."""
+        profiles = [(n, power_of(length)) for n in counts for length in self.lengths]
+        for length in self.offer:
+            _, missed = fit(profiles, (counts[-1], power_of(length)))
+            require(
+                missed <= MISFIT,
+                f"trainer.posthocema.offer={list(self.offer)}: {length} can't be made of lengths="
+                f"{list(self.lengths)} with snapshots={self.snapshots} (they miss {missed:.0%} of "
+                "it): more snapshots, or a length nearer to it",
+            )
 
     def after_step(self, run: Run) -> None:
         """Take in the iterate."""
@@ -73,10 +92,11 @@ class PostHocEMA(Trainer):
         return [f"posthocema{100 * length:g}" for length in self.offer]
 
     def candidates(self) -> dict[str, Candidate]:
-        """An average of each length."""
+        """An average of each length, as soon as the snapshots can make it."""
         if self.average is None or self.average.count == 0:
             return {}
         return {
             name: Candidate(self.average.weights(length), self.batchnorm)
             for name, length in zip(self.candidate_names(), self.offer, strict=True)
+            if self.average.can_make(length)
         }

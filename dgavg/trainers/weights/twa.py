@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -100,13 +101,21 @@ class TWA(Trainer):
         mean = self.average.coefficients = [1.0 / n] * n
         try:
             with untouched(run):
-                self._train(run, range(run.steps, run.steps + steps))
+                blown = self._train(run, range(run.steps, run.steps + steps))
         except BaseException:
             self.average.coefficients = mean
             raise
+        if blown is not None:  # the other candidates of the run are as good as ever
+            self.average.coefficients = mean
+            warnings.warn(
+                f"twa: the coefficients blew up in step {blown} of their training, so twa is the "
+                "mean of its samples: lower trainer.twa.learning_rate",
+                stacklevel=2,
+            )
         self.coefficients = self.average.coefficients.tolist()
 
-    def _train(self, run: Run, times: range) -> None:
+    def _train(self, run: Run, times: range) -> int | None:
+        """Train them over the batches of `times`; gives the step in which they blew up, if any."""
         sgd = SubspaceSGD(
             self.average,
             lr=self.learning_rate,
@@ -119,11 +128,9 @@ class TWA(Trainer):
             self.average.copy_to(run.live)
             run.grad(run.prepare(run.batches(t)))
             sgd.step(run.model)
-            require(
-                bool(self.average.coefficients.isfinite().all()),
-                f"twa: the coefficients blew up in step {t - times.start} of their training: lower "
-                "trainer.twa.learning_rate",
-            )
+            if not self.average.coefficients.isfinite().all():
+                return t - times.start
+        return None
 
     def candidates(self) -> dict[str, Candidate]:
         """The average."""

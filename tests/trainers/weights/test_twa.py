@@ -181,10 +181,14 @@ def test_training_lowers_the_loss_where_the_mean_lags_behind():
     assert sum(trained) == pytest.approx(1)
 
 
-def test_a_phase_that_blows_up_says_so():
+def test_a_phase_that_blows_up_says_so_and_leaves_the_mean():
     run = run_of("twa_basic", {"twa": {**ACTING, "learning_rate": 1e300}})
-    with pytest.raises(UserError, match=r"blew up in step . of their training: lower trainer.twa."):
+    with pytest.warns(
+        UserWarning, match=r"blew up in step . of their training, so twa is the mean"
+    ):
         fit(run)
+    assert run.closed
+    assert set(run.trainer.coefficients) == {1 / run.trainer.average.samples}
     other = run_of("basic")
     fit(other)
     assert same(run.live, other.live)
