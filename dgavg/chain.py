@@ -76,9 +76,20 @@ def adapting(settings: Mapping[str, Mapping[str, Any]]) -> Trainer:
 
 
 def adapt(head: Trainer, model: nn.Module, domains: int) -> None:
-    """Change `model` as the links of a chain want it, innermost first."""
-    for link in list(head)[::-1]:
-        link.adapt(model, domains)
+    """Change `model` as the links of a chain want it, innermost first; once only.
+
+    Raises `UserError` for a model that the links of another chain have changed.
+    """
+    links = [k for k in list(head)[::-1] if type(k).adapt is not Trainer.adapt]
+    wanted, found = [k.name for k in links], getattr(model, "adapted", None)
+    if found is None:
+        for link in links:
+            link.adapt(model, domains)
+        model.adapted = wanted  # type: ignore[assignment]  # a plain attribute, copied with it
+    require(
+        found in (None, wanted),
+        f"the model was changed by {found} already, the chain has {wanted}: make a new one",
+    )
 
 
 def setting_names(cls: type[Trainer]) -> list[str]:
@@ -147,6 +158,12 @@ def check(head: Trainer, domains: int | None = None, steps: int | None = None) -
         )
     owners = [link.name for link in links if link.owns_step]
     require(len(owners) < 2, f"{spec}: {' and '.join(owners)} each replace the step: choose one")
+    rivals = [link.name for link in links if link.compares_gradients]
+    require(
+        len(rivals) < 2,
+        f"{spec}: {' and '.join(rivals)} each compare the domains' gradients, of which the inner "
+        "one would see one at a time: choose one",
+    )
     for link in links:
         hint = f"; or write trainer.{link.name}.{link.one_domain}" if link.one_domain else ""
         splitter = next((k.name for k in links if k is not link and feeds(k, link)), None)

@@ -226,9 +226,11 @@ def show_list(arguments: list[str]) -> None:
             "list what? Write dgavg list trainers|data|models|protocols [NAME], or pairs"
         )
     kind, *names = arguments
-    if arguments == ["pairs"]:
+    if kind == "pairs" and not names:
         print(page(), end="")
         return
+    if kind == "pairs":
+        raise UserError("dgavg list pairs takes no name: it prints the page of all pairs")
     if kind not in kinds:
         raise unknown("list", kind, [*kinds, "pairs"])
     entries = kinds[kind]()

@@ -12,14 +12,15 @@ from dgavg.trainers.basic import Basic
 HEAD = """# Which links go together
 
 Written by `dgavg list pairs > zoo/pairs.md`; a row is the outer link, a column the inner one. A
-blank pair trains: the tests run each of them and show that both links act, that training stays
-finite and resumes exactly, and that the order makes no difference where the links are of different
-planes. The others are refused when the chain is built:
+blank pair trains: the tests run each of them and show that both links act, that the weights move
+and stay finite, that it resumes exactly, and that the order makes no difference where the links
+override different methods. The others are refused when the chain is built:
 """
 WHY = {
     "first": "the inner link rewrites the live weights, so it must come first",
     "split": "one link compares domains, the other feeds it one at a time",
     "step": "each link replaces the whole step",
+    "compare": "each link compares the domains' gradients, of which the inner one would see one",
 }
 
 
@@ -34,6 +35,8 @@ def refusal(outer: str, inner: str) -> str:
     except UserError:
         if links[0].outermost:
             return "first"
+        if all(link.compares_gradients for link in links):
+            return "compare"
         return "step" if all(link.owns_step for link in links) else "split"
     return ""
 

@@ -71,7 +71,8 @@ class Run:
     `classifier` ((N, F) to (N, classes)). `schedule(t)` multiplies the optimizer's learning rate.
     `evaluate(run)` returns the candidates' scores on validation data, every `eval_every` steps and
     at the end (0: at the end alone); `stopping(scores so far)` returns why to stop, or "".
-    `precision` is `fp32` or `bf16` (autocast, weights stay float32). `seed` seeds the draws of
+    `precision` is `fp32`, `bf16` or `fp16` (autocast, weights stay float32; fp16 scales the loss).
+    `clip` is the largest norm that the gradient of an update may have. `seed` seeds the draws of
     `run.random`; the global generators are the caller's.
 
     Raises `UserError` for a chain that can't train on these domains.
@@ -144,13 +145,14 @@ class Run:
         ]
         self.optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        require(rates[0] > 0, "the optimizer's first group has a learning rate of 0: all go by it")
         self.base_lr = rates[0]
         self.lr_scales = [rate / rates[0] for rate in rates]  # of each group, kept by schedules
         self.groups: dict[str, int] = {}  # of the optimizer, by link name
         for name, module in self.extras.items():
             self._add_group(name, [p for p in module.parameters() if p.requires_grad])
         self.update = Update(self.parameters, self.optimizer, scaled=precision == "fp16", clip=clip)
-        self.set_schedules()
+        self.set_schedules(0)
         self.taps: dict[str, list[Callable[..., None]]] = {
             tap: [
                 getattr(k, tap) for k in links if getattr(type(k), tap) is not getattr(Trainer, tap)
@@ -169,16 +171,16 @@ class Run:
         """Multiply the learning rate of the module that the link `name` trains, for good."""
         self.lr_scales[self.groups[name]] = factor
 
-    def set_schedules(self) -> None:
-        """Give every setting that follows a schedule its number of this step."""
+    def set_schedules(self, t: int) -> None:
+        """Give every setting that follows a schedule its number of step `t`."""
         for link, curves in self.curves:
             for name, curve in curves.items():
-                setattr(link, name, float(curve(self.t)))
+                setattr(link, name, float(curve(t)))
 
     # The way down a plane starts at the head again, so that a link sees links outside it too.
     def step(self, batch: Batch) -> Loss:
         """One update of the weights."""
-        self.set_schedules()
+        self.set_schedules(self.t)
         return self.trainer.step(self, batch)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -307,3 +309,4 @@ class Run:
         for link in self.trainer:
             link.load_state_dict(to_device(saved["links"][link.name], self.device))
         set_random_state(saved["random"], self.device)
+        self.set_schedules(max(self.t - 1, 0))  # taps and phases go by the step that they follow

@@ -107,9 +107,10 @@ def curve_of(value: Any, steps: int, setting: str) -> Curve:
     """The function of the step t, from 0 on, that the schedule of `setting` is in a run of `steps`.
 
     `value` is a function already, or `{KIND: {ARGUMENT: NUMBER}}`; steps below 1 are shares of the
-    run. Kinds: `constant` {value}; `linear` and `cosine` {from: 0, to, start: 0, steps: the rest};
-    `warmup_linear`, another name of `linear`; `warmup_exponential`, its shape 2/(1 + e^(−10u)) − 1
-    (Ganin et al. 2016, arXiv 1505.07818); `step` {values, at}; `anneal_after` {step, from: 1, to}.
+    run. Kinds: `constant` {value}; `linear` and `cosine` {from: 0, to, start: 0, steps: the rest},
+    without `steps` at `to` as the run ends; `warmup_linear`, another name of `linear`;
+    `warmup_exponential`, its shape 2/(1 + e^(−10u)) − 1 (Ganin et al. 2016, arXiv 1505.07818);
+    `step` {values, at}; `anneal_after` {step, from: 1, to}.
 
     Raises `UserError` for an unknown kind or argument, and for steps past the end of the run.
 
@@ -118,7 +119,7 @@ def curve_of(value: Any, steps: int, setting: str) -> Curve:
     [0.0, 2.5, 10.0, 10.0]
     """
     if callable(value):
-        return value  # type: ignore[no-any-return]
+        return partial(_called, value, setting)
     require(
         len(value) == 1,
         f"{setting}={dict(value)}: one schedule, such as {{linear: {{to: 10, steps: 500}}}}",
@@ -132,6 +133,13 @@ def curve_of(value: Any, steps: int, setting: str) -> Curve:
         f"{where}={arguments!r}: its settings are a dict, such as {{to: 10, steps: 500}}",
     )
     return KINDS[kind](where, steps, **_checked(KINDS[kind], arguments, where))
+
+
+def _called(function: Curve, setting: str, t: int) -> float:
+    try:
+        return function(t)
+    except TypeError as error:
+        raise UserError(f"{setting}: a function of the step, {error}") from error
 
 
 def _checked(kind: Callable[..., Curve], given: Mapping[Any, Any], where: str) -> dict[str, Any]:

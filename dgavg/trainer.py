@@ -18,6 +18,7 @@ The five rules:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -78,12 +79,18 @@ def state_names(cls: type[Trainer]) -> list[str]:
     return [f.name for f in fields(cls) if f.metadata.get("state")]
 
 
+def may_be_scheduled(cls: type[Trainer], setting: str) -> bool:
+    """Whether a setting is a number that may follow a schedule."""
+    (found,) = [f for f in fields(cls) if f.name == setting]
+    return get_type_hints(cls)[setting] in NUMBERS and not found.metadata.get("fixed")
+
+
 def is_object(value: object) -> bool:
     """Whether a value saves and restores itself."""
     return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Trainer:
     """One link of a chain. Links are final: this is the only class they inherit, and they reach the
     link they decorate as `self.inner`, never by `super()`.
@@ -92,7 +99,9 @@ class Trainer:
     `outermost` it rewrites the live weights, so it must come first; `min_domains` fewest training
     domains that it means something for; `splits_domains` it hands its inner link batches of one
     domain; `owns_step` it replaces the whole step, so no second such link can stand beside it;
-    `one_domain` the setting, such as `across=false`, with which it needs one domain alone.
+    `compares_gradients` it asks for each domain's gradient by itself, so that a link within that
+    compares them would see one; `one_domain` the setting, such as `across=false`, with which it
+    needs one domain alone.
     """
 
     inner: Trainer = None  # type: ignore[assignment]  # only basic has none, and never asks for it
@@ -102,6 +111,7 @@ class Trainer:
     min_domains: ClassVar[int] = 1
     splits_domains: ClassVar[bool] = False
     owns_step: ClassVar[bool] = False
+    compares_gradients: ClassVar[bool] = False
     one_domain: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -131,7 +141,7 @@ class Trainer:
             f"trainer.{self.name}.{key} is read once, before the first step: it takes a number, no "
             "schedule",
         )
-        self.scheduled[key] = dict(value) if isinstance(value, Mapping) else value
+        self.scheduled[key] = copy.deepcopy(value)
         setattr(self, key, math.nan)
 
     def curves(self, steps: int) -> dict[str, Callable[[int], float]]:
@@ -149,7 +159,10 @@ class Trainer:
             if values not in seen:
                 seen.add(values)
                 self._take(dict(zip(found, values, strict=True)), t)
-                self.validate()
+                try:
+                    self.validate()
+                except UserError as error:
+                    raise UserError(f"{error} (step {t} of its schedule)") from None
         return found
 
     def _take(self, values: Mapping[str, float], t: int) -> None:
@@ -229,6 +242,12 @@ class Trainer:
             yield link
             link = link.inner
 
+    def __repr__(self) -> str:
+        """The chain as Python writes it."""
+        words = [f"{k}={v!r}" for k, v in self.settings().items()]
+        inner = [] if self.inner is None else [repr(self.inner)]
+        return f"{type(self).__name__}({', '.join(inner + words)})"
+
     def settings(self) -> dict[str, Any]:
         """The settings of this link by name; schedules as they were given."""
         names = [f.name for f in fields(self) if f.init and f.name != "inner"]
@@ -269,8 +288,8 @@ def trainer(name: str, **traits: bool | int | str) -> Callable[[type[T]], type[T
     """Make a class a link: slotted, so it cannot hide state; known by `name` in chains and configs.
 
     `traits` are class attributes of `Trainer`: `outermost`, `min_domains`, `splits_domains`,
-    `owns_step`, `one_domain`. Raises `UserError` for a name that a chain can't spell or that
-    another class has.
+    `owns_step`, `compares_gradients`, `one_domain`. Raises `UserError` for a name that a chain
+    can't spell or that another class has.
     """
     require(
         name.isascii() and name.isalnum() and name.islower(),
@@ -288,7 +307,7 @@ def trainer(name: str, **traits: bool | int | str) -> Callable[[type[T]], type[T
             raise UserError(
                 f"{cls.__name__} must inherit Trainer and nothing else: links are final"
             )
-        link: Any = dataclass(slots=True, eq=False, kw_only=True)(cls)
+        link: Any = dataclass(slots=True, eq=False, kw_only=True, repr=False)(cls)
         for key, value in {"name": name, **traits}.items():
             require(hasattr(Trainer, key), f"no trait {key!r} of a trainer")
             setattr(link, key, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Update:
         self.parameters, self.optimizer, self.clip = list(parameters), optimizer, clip
         self.scale = FIRST_SCALE if scaled else None
         self.good = 0  # updates since the scale last changed
+        self.before_step: list[Callable[[], None]] = []  # called before gradients are clipped
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to `.grad`."""
@@ -82,6 +83,8 @@ class Update:
 
         Raises `UserError` where gradients stay infinite however small the loss is scaled.
         """
+        for prepare in self.before_step:
+            prepare()
         there = [p.grad for p in self.parameters if p.grad is not None]
         if self.scale is not None and not self._finite(there):
             return

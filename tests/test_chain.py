@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from dgavg import Trainer, UserError, chain, check, fit, trainer
-from dgavg.chain import known_trainers, plugins, renew, settings_of, spec_of
+from dgavg.chain import adapt, known_trainers, plugins, renew, settings_of, spec_of
 from dgavg.cli import main
-from dgavg.testing import toy_run
+from dgavg.testing import toy_model, toy_run
 from dgavg.testing.contract import same
 from dgavg.trainers import EMA, IRM, MA, SWA, Basic
 
@@ -189,3 +189,21 @@ def test_a_plugin_that_does_not_load_is_listed_with_its_reason(capsys):
         r"^ +broken +trainer 'broken' \(package:Broken\): no module named 'missing'", out, re.M
     )
     assert "ema " in out
+
+
+@pytest.mark.parametrize("pair", ["pcgrad_andmask", "andmask_sandmask", "sandmask_pcgrad"])
+def test_two_links_that_compare_the_domains_gradients_are_refused(pair):
+    with pytest.raises(UserError, match="each compare the domains' gradients, of which the inner"):
+        chain(f"{pair}_basic")
+
+
+def test_a_model_is_changed_once_and_not_by_two_chains():
+    model = toy_model()
+    for _ in range(2):
+        adapt(chain("ema_mtl_basic"), model, domains=3)
+    assert model.classifier.embeddings.shape == (3, 8)
+    assert model.classifier.linear.in_features == 16
+    with pytest.raises(
+        UserError, match=r"changed by \['mtl'\] already, the chain has \[\]: make a new"
+    ):
+        adapt(chain("basic"), model, domains=3)

@@ -16,7 +16,7 @@ from links import ACTING, NEUTRAL, SHADOWS
 from dgavg import Trainer, UserError, fit
 from dgavg.chain import chain, find_trainer, known_trainers
 from dgavg.matrix import page, refusal
-from dgavg.testing import check_reentrant, toy_run
+from dgavg.testing import check_reentrant, toy_model, toy_run
 from dgavg.testing.contract import same
 from dgavg.trainers import Basic
 
@@ -88,6 +88,11 @@ def test_a_legal_pair_acts_and_keeps_the_contract(outer, inner):
             )
         else:
             assert not same(run.live, without.live), f"{link} changed nothing in {spec}"
+    start = toy_model().state_dict()
+    if start.keys() <= run.live.keys():  # else a link changed the model
+        assert not same(start, dict(run.live)), f"{spec} does not train"
+        moved = [k for k, p in toy_model().named_parameters() if not p.equal(run.live[k])]
+        assert len(moved) > 3, f"{spec} trains only {moved}"
     assert not run.moved, f"{spec}: live weights were rebound, not written in place"
     again = run_of(spec)
     again.load_state_dict(torch.load(io.BytesIO(run.saved), weights_only=True))
@@ -106,6 +111,8 @@ def test_an_illegal_pair_is_refused_for_a_reason_that_its_links_declare(outer, i
         chain(f"{outer}_{inner}_basic")
     if other.outermost:
         assert f"must come first: write {inner}_{outer}_basic" in str(caught.value)
+    elif one.compares_gradients and other.compares_gradients:
+        assert "each compare the domains' gradients" in str(caught.value)
     elif one.owns_step and other.owns_step:
         assert "each replace the step: choose one" in str(caught.value)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import fields
 from typing import get_type_hints
@@ -10,10 +11,10 @@ import pytest
 import torch
 from links import ACTING
 
-from dgavg import Trainer, UserError, chain, fit, trainer
+from dgavg import Run, Trainer, UserError, chain, fit, trainer
 from dgavg.chain import find_trainer, settings_of
 from dgavg.schedules import curve_of
-from dgavg.testing import check_resume, toy_run
+from dgavg.testing import ToyBatches, check_resume, toy_model, toy_run
 from dgavg.testing.contract import same
 from dgavg.trainer import NUMBERS, fixed
 from dgavg.trainers import IRM, Basic
@@ -106,10 +107,14 @@ def test_a_link_reads_the_number_of_the_step_and_says_the_schedule():
 
 
 def test_every_number_that_a_schedule_gives_is_checked_before_training():
-    with pytest.raises(UserError, match=r"trainer.irm.weight=-1.0: a finite number from 0 on"):
+    with pytest.raises(
+        UserError, match=r"trainer.irm.weight=-1.0: a finite number from 0 on \(step \d+ of"
+    ):
         toy_run("irm_basic", {"irm": {"anneal": 0, "weight": {"linear": {"from": 10, "to": -2}}}})
     with pytest.raises(UserError, match=r"trainer.irm.weight is nan at step 3"):
         toy_run("irm_basic", {"irm": {"anneal": 0, "weight": lambda t: math.nan if t == 3 else 1}})
+    with pytest.raises(UserError, match=r"a function of the step, .* takes 0 positional arguments"):
+        toy_run("irm_basic", {"irm": {"anneal": 0, "weight": lambda: 1}})
     with pytest.raises(UserError, match=r"weight at step 0='0' must be a number, not str"):
         toy_run("irm_basic", {"irm": {"anneal": 0, "weight": str}})
 
@@ -131,6 +136,7 @@ def test_other_settings_beside_a_schedule_are_checked_when_the_run_is_made():
         toy_run("ema_basic", {"ema": {"decay": {"linear": {"to": 0.9}}, "warmup": "fast"}})
 
 
+ELSEWHERE = {("gsam", "rho_min")}  # acts only where the learning rate falls
 VALUES = {("sandmask", "k"): 1e-4}  # where the value of ACTING is one that hardly matters
 
 
@@ -140,7 +146,8 @@ def scheduled():
         cls = find_trainer(name)
         kinds = get_type_hints(cls)
         for f in fields(cls):
-            if f.init and kinds[f.name] in NUMBERS and not f.metadata.get("fixed"):
+            free = f.init and kinds[f.name] in NUMBERS and not f.metadata.get("fixed")
+            if free and (name, f.name) not in ELSEWHERE:
                 yield pytest.param(name, f.name, id=f"{name}.{f.name}")
 
 
@@ -182,6 +189,58 @@ def test_ema_follows_a_schedule_of_its_decay():
         UserError, match=r"decay follows a schedule: leave out half_life and warmup"
     ):
         toy_run("ema_basic", {"ema": {"decay": {"linear": {"to": 0.9}}, "warmup": "count"}})
+
+
+def test_the_smallest_radius_of_gsam_follows_a_schedule_where_the_rate_falls():
+    found = []
+    for rho_min in (0.1, {"step": {"values": [0.1, 0.3], "at": [6]}}):
+        torch.manual_seed(0)
+        settings = {"gsam": {"rho": 0.5, "rho_min": rho_min}}
+        falling = {"schedule": lambda t: 1 - t / 12}
+        run = Run(chain("gsam_basic", **settings), toy_model(), ToyBatches(), steps=12, **falling)
+        fit(run)
+        found.append(dict(run.live))
+    assert not same(*found)
+
+
+@pytest.mark.parametrize("spec", ["twa_irm_basic", "twa_sam_basic"])
+def test_a_phase_after_the_last_step_goes_by_its_numbers_after_a_resume_too(spec):
+    settings = {
+        "twa": {"start": 0, "samples": 3, "steps": 4},
+        "irm": {"weight": {"linear": {"to": 1000}}},
+        "sam": {"rho": {"linear": {"to": 1}}},
+    }
+    settings = {k: v for k, v in settings.items() if k in spec}
+    whole, file = toy_run(spec, settings), io.BytesIO()
+
+    def save(run):
+        if run.t == run.steps and not run.closed:
+            torch.save(run.state_dict(), file)
+
+    fit(whole, after_eval=save)
+    file.seek(0)
+    again = toy_run(spec, settings)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    fit(again)
+    assert same(whole.state_dict(), again.state_dict())
+
+
+def test_a_schedule_of_the_weight_takes_the_place_of_annealing():
+    """No jump and no reset of the optimizer at the default step, which this run does not reach."""
+    run = toy_run("irm_basic", {"irm": {"weight": {"constant": {"value": 7}}}})
+    other = toy_run("irm_basic", {"irm": {"weight": 7, "anneal": 0}})
+    fit(run), fit(other)
+    assert same(run.live, other.live)
+    with pytest.raises(UserError, match=r"trainer.irm.anneal=500 is past the end"):
+        toy_run("irm_basic")
+
+
+def test_a_chain_is_shown_as_python_writes_it_and_keeps_its_schedule():
+    spec = {"linear": {"to": 10}}
+    link = IRM(Basic(), weight=spec, anneal=0)
+    assert repr(link) == "IRM(Basic(), weight={'linear': {'to': 10}}, anneal=0.0)"
+    spec["linear"]["to"] = 99
+    assert link.settings()["weight"] == {"linear": {"to": 10}}
 
 
 def test_fixed_numbers_are_settings_like_others():

@@ -165,7 +165,8 @@ class Bench:
         self.model.eval()
         found = []
         for split in self.splits.values():
-            for images in torch.split(split.images, self.setup.eval_batch_size):
+            size = getattr(self.model, "support", self.setup.eval_batch_size)
+            for images in torch.split(split.images, size):
                 args = (images.float().div_(255),)
                 with self._autocast():
                     # tied weights come from a file as two equal ones

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from torch import nn
@@ -30,7 +31,7 @@ from dgavg.benchmark.files import (
     writing,
 )
 from dgavg.benchmark.tensorboard import EventFiles
-from dgavg.chain import renew
+from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
 from dgavg.errors import UserError, require
 from dgavg.evaluation import Scorer, Split, selected_step
@@ -154,6 +155,7 @@ def _initial_model(experiment: Experiment) -> nn.Module:
     before = random_state(experiment.device)
     seed_everything(experiment.init_seed)
     model = experiment.model(shape, classes)
+    adapt(experiment.trainer, model, len(experiment.dataset.domains) - 1)
     set_random_state(before, experiment.device)
     return model
 
@@ -327,15 +329,24 @@ class _Fold:
         validation = {}
         if self.experiment.protocol["holdout_fraction"]:
             validation = {name: self._validation(found) for name, found in scores.items()}
-            self._check_finite(validation["live"]["loss"])
+            self._check_finite("validation loss", validation["live"]["loss"])
+        else:
+            self._check_finite("training loss", self._training_loss())
         self._write(record, {k for k, c in candidates.items() if not c.members})
         return validation
 
-    def _check_finite(self, loss: float) -> None:
+    @torch.no_grad()
+    def _training_loss(self) -> float:
+        """Of the live weights, on one batch."""
+        batch = self.run.batches(self.run.t)
+        logits = self.scorer.logits("live", batch.x)
+        return F.cross_entropy(logits, batch.y).item()
+
+    def _check_finite(self, what: str, loss: float) -> None:
         """Stop before the checkpoint where the last update blew the weights up."""
         if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"step {self.run.t}: the validation loss of the live weights is {loss}; "
+                f"step {self.run.t}: the {what} of the live weights is {loss}; "
                 "try a lower optimizer.lr or a smaller weight"
             )
 

@@ -26,7 +26,8 @@ def labels(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             f"{key.removeprefix('trainer.')}={_short(value)}"
             for key, value in settings[run].items()
             for rivals in [same_chain if key.startswith("trainer.") else others]
-            if any(settings[o].get(key, value) != value for o in rivals)
+            for other in [None if key.startswith("trainer.") else value]
+            if any(settings[o].get(key, other) != value for o in rivals)
         ]
         found[run] = " ".join([record["chain"], *differing])
     shared = {label for label in found.values() if list(found.values()).count(label) > 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dgavg.benchmark.table import POOLED, finished_runs
 from dgavg.chain import adapting
 from dgavg.errors import require, unknown
 from dgavg.evaluation import selected_step
+from dgavg.trainer import Trainer, may_be_scheduled
 
 Groups = dict[tuple[str, int], list["Member"]]  # by held-out domain and seed
 # Members agree in the data, wherever they came from, in their splits and scores, and in the model;
@@ -177,6 +178,12 @@ def _agreed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         "data": {k: data[k] for k in DATA},
         "model": {k: v for k, v in model.items() if k not in REGULARISATION},
-        "trainer": {link.name: links[link.name] for link in adapting(links)},
+        "trainer": {k.name: _structure(k, links[k.name]) for k in adapting(links)},
         "protocol": {k: protocol[k] for k in PROTOCOL},
     }
+
+
+def _structure(link: Trainer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may change the model: numbers that may follow a schedule can't."""
+    free = {f.name for f in fields(link) if may_be_scheduled(type(link), f.name)}
+    return {k: v for k, v in settings.items() if k not in free}

@@ -52,7 +52,13 @@ class ChainSource(ConfigSource):
                 {name: OmegaConf.structured(link_schema(cls)) for name, cls in links.items()}
             )
             if not OmegaConf.missing_keys(config):
-                chain(spec)
+                # settings come later: where one could make the chain legal, it may
+                mildest = {
+                    k: OmegaConf.from_dotlist([cls.one_domain])
+                    for k, cls in links.items()
+                    if cls.one_domain
+                }
+                chain(spec, **mildest)
         except UserError as error:
             raise ConfigLoadError(str(error)) from error
         return ConfigResult(

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
+from dgavg.averaging.batchnorm import statistics_layers
 from dgavg.chain import find_trainer
 from dgavg.config.schema import link_schema
 from dgavg.fit import fit
@@ -56,12 +57,18 @@ def check_reentrant(spec: str, settings: Settings) -> None:
         run.t += 1
         run.tap("after_step")
     before = copy.deepcopy({k.name: k.state_dict() for k in run.trainer})
-    run.model.eval()  # batch-norm statistics would move, as they should
+    parts = nn.ModuleDict({"model": run.model, "extras": run.extras})
+    statistics = {id(b) for layer in statistics_layers(parts) for b in layer.buffers()}
+    buffers = {k: (b, b.clone()) for k, b in parts.named_buffers()}
     found = []
     for _ in range(2):
         run.lr()
         run.grad(run.prepare(run.batches(run.t)))
         found.append([p.grad.clone() for p in run.parameters if p.grad is not None])
+        for name, (buffer, old) in buffers.items():
+            kept = id(buffer) in statistics or torch.equal(buffer, old)
+            assert kept, f"{spec}: a wrap changed the buffer {name}; taps own time"
+            buffer.copy_(old)  # running statistics move, as they should
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (
         f"{spec}: a second call in the same step gives another gradient"
     )

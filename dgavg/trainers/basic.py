@@ -37,7 +37,8 @@ class Basic(Trainer):
 
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradient of the chain's loss."""
-        run.optimizer.zero_grad()
+        for parameter in run.parameters:  # also those that the optimizer was not given
+            parameter.grad = None
         loss = run.loss(batch)
         run.backward(loss.total)
         return loss

@@ -37,6 +37,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(train, only_run, content_of):
         ("ema_basic", {"stopping__candidate": "ema"}, "stop by: write stopping.candidate=null"),
         ("swad_basic", {}, "no validation data, which swad in 'swad_basic' decides by"),
         ("aswa_swad_basic", {}, "which aswa, swad in 'aswa_swad_basic' decides by"),
+        ("autolr_sma_basic", {}, "which autolr in 'autolr_sma_basic' decides by"),
     ],
 )
 def test_what_reads_validation_data_is_refused(train, tmp_path, chain, settings, message):
@@ -48,6 +49,23 @@ def test_what_reads_validation_data_is_refused(train, tmp_path, chain, settings,
 def test_weights_that_blow_up_are_found_without_validation_data_too(train):
     with pytest.raises(UserError, match=r"is (nan|inf)"):
         train("basic", optimizer__lr=1e30, **ALL)
+
+
+def test_a_last_update_that_blows_up_is_found_too(train):
+    with pytest.raises(UserError, match=r"step 1: the training loss of the live .* is (nan|inf)"):
+        train("basic", steps=1, every=1, optimizer__lr=1e30, model__batchnorm=False, **ALL)
+
+
+def test_ermpps_second_stage_trains_by_given_drops(train, only_run, records_of):
+    _, folder = train(
+        "autolr_lpft_sma_basic",
+        trainer__autolr__drops=[8, 16],
+        trainer__sma__start=2,
+        trainer__lpft__probe=4,
+        **ALL,
+    )
+    rates = [record["lr"] for record in records_of(only_run(folder))]
+    assert rates == pytest.approx([1e-2, 1e-3, 1e-4])
 
 
 def test_records_say_that_nothing_was_held_out(train, only_run):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dgavg import Table, UserError
+from dgavg.benchmark.labels import labels
 from dgavg.benchmark.table import tables
 
 DOMAINS = ("a", "b", "c")
@@ -230,3 +231,25 @@ def test_one_pair_has_a_difference_but_no_error():
 def test_a_folder_is_called_by_its_title():
     data = {"name": "folder", "title": "PACS", "content": "abc"}
     assert str(Table({"r": run(ACCURACIES, data=data)})).startswith("PACS: accuracy")
+
+
+def test_a_schedule_in_one_run_and_a_number_in_another_are_both_named():
+    def record(weight, lr):
+        return {
+            "chain": "irm_basic",
+            "trainer": {"irm": {"weight": weight}},
+            "optimizer": {"lr": lr},
+        }
+
+    found = labels(
+        {
+            "a": record({"linear": {"to": 1000.0}}, 0.01),
+            "b": record(3.0, 0.001),
+            "c": record({"cosine": {"to": 5.0}}, 0.01),
+        }
+    )
+    assert found == {
+        "a": "irm_basic irm.weight.linear.to=1000 optimizer.lr=0.01",
+        "b": "irm_basic irm.weight=3 optimizer.lr=0.001",
+        "c": "irm_basic irm.weight.cosine.to=5 optimizer.lr=0.01",
+    }

@@ -170,3 +170,8 @@ def test_python_refuses_settings_in_the_same_words(settings, message, tmp_path):
         leave_one_domain_out(chain("ema_basic"), settings=settings, runs=tmp_path / "runs")
     assert message in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_chain_that_a_setting_makes_legal_composes():
+    words = ("trainer=fish_mixup_basic", "trainer.mixup.across=false")
+    assert settings(*words)["trainer"]["mixup"]["across"] is False

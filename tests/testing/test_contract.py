@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from links import ACTING, SHADOWS
+from torch import nn
 
 from dgavg import Trainer, state, trainer
 from dgavg.testing import check_in_place, check_link, check_reentrant, check_resume, is_shadow
@@ -31,6 +32,47 @@ def test_a_link_that_rebinds_live_weights_is_found():
 
     with pytest.raises(AssertionError, match="rebound"):
         check_in_place("rebinds_basic", {})
+
+
+def test_a_wrap_that_moves_a_buffer_in_training_is_found():
+    class Counting(nn.Module):
+        """Counts its passes while it trains."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, features):
+            self.passes += self.training
+            return self.inner(features)
+
+    @trainer("passes")
+    class Passes(Trainer):
+        """Has the classifier count."""
+
+        def adapt(self, model, domains):
+            model.classifier = Counting(model.classifier)
+
+    with pytest.raises(
+        AssertionError, match=r"wrap changed the buffer model\.classifier\.passes"
+    ):
+        check_reentrant("passes_basic", {})
+
+
+def test_a_draw_of_its_own_in_training_is_found():
+    @trainer("draws")
+    class Draws(Trainer):
+        """Adds new noise in every pass of a model in training mode."""
+
+        def loss(self, run, batch):
+            out = self.inner.loss(run, batch)
+            if run.model.training:
+                out.terms["draws"] = (out.logits * torch.randn_like(out.logits)).mean()
+            return out
+
+    with pytest.raises(AssertionError, match="gives another gradient"):
+        check_reentrant("draws_basic", {})
 
 
 def test_a_wrap_that_advances_state_is_found():

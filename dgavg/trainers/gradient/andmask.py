@@ -10,7 +10,7 @@ from dgavg.trainers.gradient.masks import agreement, write_masked
 from dgavg.trainers.gradient.passes import domain_gradients
 
 
-@trainer("andmask", min_domains=2)
+@trainer("andmask", min_domains=2, compares_gradients=True)
 class ANDMask(Trainer):
     """AND-mask: learns where all domains' signs agree (Parascandolo et al. 2021, arXiv 2009.00329).
 

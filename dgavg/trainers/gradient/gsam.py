@@ -8,7 +8,7 @@ from torch import Tensor
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Trainer, fixed, trainer
+from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.gradient.passes import moved, norm_of, with_gradient
 
 
@@ -33,7 +33,7 @@ class GSAM(Trainer):
     """
 
     rho: float = 0.05
-    rho_min: float | None = fixed(None)
+    rho_min: float | None = None
     alpha: float = 0.2
 
     def validate(self) -> None:
@@ -41,6 +41,10 @@ class GSAM(Trainer):
         for name in ("rho", "rho_min", "alpha"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"trainer.gsam.{name}={value}: a number from 0 on")
+        require(
+            self.rho_min is None or self.rho_min <= self.rho,
+            f"trainer.gsam.rho_min={self.rho_min}: at most rho, {self.rho}",
+        )
 
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradient at the worst point nearby, less alpha of the first one's other part."""

@@ -89,7 +89,7 @@ class DomainGradients:
     def write(self, row: Tensor) -> Loss:
         """Make `row` (P,) the gradient of this update; gives the loss."""
         for p, part, reached in zip(self.parameters, self.split(row), self.reached, strict=True):
-            p.grad = part if reached else None
+            p.grad = part.to(p.dtype) if reached else None
         return self.loss
 
 

@@ -12,7 +12,7 @@ from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.gradient.passes import domain_gradients
 
 
-@trainer("pcgrad", min_domains=2)
+@trainer("pcgrad", min_domains=2, compares_gradients=True)
 class PCGrad(Trainer):
     """PCGrad: projects conflicting gradients, a task a domain (Yu et al. 2020, arXiv 2001.06782).
 

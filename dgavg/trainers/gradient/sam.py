@@ -16,9 +16,10 @@ class SAM(Trainer):
     """SAM: sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412).
 
     Takes the gradient g, moves the weights to w + rho·g/‖g‖, takes the gradient there, and puts the
-    weights back; the optimizer steps from w with the second gradient. Batch-norm statistics are
-    those of the first pass. The loss it reports is the one at w. Every penalty of the chain counts
-    in both passes; dropout draws anew in the second.
+    weights back; the optimizer steps from w with the second gradient. What other links train beside
+    the model moves along, and counts in ‖g‖. Batch-norm statistics are those of the first pass. The
+    loss it reports is the one at w. Every penalty of the chain counts in both passes; dropout draws
+    anew in the second.
 
     - `rho` (0.05; usual 0.01 to 0.5): the radius; 0 is no SAM at all.
 

@@ -13,7 +13,7 @@ from dgavg.trainers.gradient.masks import agreement, write_masked
 from dgavg.trainers.gradient.passes import domain_gradients
 
 
-@trainer("sandmask", min_domains=2)
+@trainer("sandmask", min_domains=2, compares_gradients=True)
 class SANDMask(Trainer):
     """SAND-mask: a smooth AND-mask by sign and variance (Shahtalebi et al. 2021, arXiv 2106.02266).
 

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from dgavg.run import Run
+from dgavg.trainer import Trainer
+
+
+def jump_of(link: Trainer, run: Run, anneal: str = "anneal", weight: str = "weight") -> int:
+    """The step at which the setting `weight` begins to act; 0 where it follows a schedule.
+
+    Raises `UserError` where that is past the end of the run.
+    """
+    if weight in link.scheduled:
+        return 0
+    return run.step_of(getattr(link, anneal), f"trainer.{link.name}.{anneal}")
 
 
 def annealed(run: Run, weight: float, jump: int) -> float:

@@ -13,7 +13,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import reset_at
+from dgavg.trainers.loss.anneal import jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 from dgavg.trainers.loss.noted import Noted
 
@@ -61,7 +61,7 @@ class Fishr(Trainer):
 
     def setup(self, run: Run) -> None:
         """Make room for the sums; refuse a classifier without a linear layer at its end."""
-        self.jump = run.step_of(self.anneal, "trainer.fishr.anneal")
+        self.jump = jump_of(self, run)
         check_rows("fishr", run)
         last = last_layer(run.model)
         entries = last.in_features + (last.bias is not None)

@@ -8,7 +8,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import reset_at
+from dgavg.trainers.loss.anneal import jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
@@ -41,7 +41,7 @@ class IBERM(Trainer):
 
     def setup(self, run: Run) -> None:
         """Find the step of the jump; refuse batches that have no variance."""
-        self.jump = run.step_of(self.anneal, "trainer.iberm.anneal")
+        self.jump = jump_of(self, run)
         check_rows("iberm", run)
 
     def loss(self, run: Run, batch: Batch) -> Loss:

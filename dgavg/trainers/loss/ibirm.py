@@ -9,7 +9,7 @@ from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
 from dgavg.trainers.loss import iberm, irm
-from dgavg.trainers.loss.anneal import annealed, reset_at
+from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
@@ -52,8 +52,8 @@ class IBIRM(Trainer):
 
     def setup(self, run: Run) -> None:
         """Find the steps of the jumps; refuse batches that have no two halves."""
-        self.jump = run.step_of(self.anneal, "trainer.ibirm.anneal")
-        self.irm_jump = run.step_of(self.irm_anneal, "trainer.ibirm.irm_anneal")
+        self.jump = jump_of(self, run)
+        self.irm_jump = jump_of(self, run, "irm_anneal", "irm_weight")
         check_rows("ibirm", run)
 
     def loss(self, run: Run, batch: Batch) -> Loss:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dgavg.batch import Batch, Loss
-from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
+from dgavg.trainers.loss.checks import check_weight
 
 
 @trainer("iga", min_domains=2)
@@ -35,7 +35,7 @@ class IGA(Trainer):
 
     def validate(self) -> None:
         """Refuse settings out of range."""
-        require(self.weight >= 0, f"trainer.iga.weight={self.weight}: a number from 0 on")
+        check_weight("iga", self.weight)
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""

@@ -8,7 +8,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import annealed, reset_at
+from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
@@ -21,7 +21,8 @@ class IRM(Trainer):
 
     - `weight` (100; usual 0.1 to 1e5).
     - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
-      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
+      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither,
+      and neither where `weight` follows a schedule.
 
     Cost: no pass beyond the forward pass; the slopes have a closed form. Pays where a feature
     predicts well in every training domain with different strength (ColoredMNIST, with the oracle
@@ -49,7 +50,7 @@ class IRM(Trainer):
 
     def setup(self, run: Run) -> None:
         """Find the step of the jump; refuse batches that have no two halves."""
-        self.jump = run.step_of(self.anneal, "trainer.irm.anneal")
+        self.jump = jump_of(self, run)
         check_rows("irm", run)
 
     def after_step(self, run: Run) -> None:

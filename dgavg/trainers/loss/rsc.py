@@ -51,7 +51,12 @@ class RSC(Trainer):
         out = self.inner.loss(run, batch)
         if self.f_drop == 0 or self.b_drop == 0:
             return out
-        head: Callable[[Tensor], Tensor] = run.model.classifier  # type: ignore[assignment]
+        classifier: Callable[[Tensor], Tensor] = run.model.classifier  # type: ignore[assignment]
+        dtype = next(iter(run.parameters)).dtype  # features came as float32
+
+        def head(features: Tensor) -> Tensor:
+            return classifier(features.to(dtype)).float()
+
         with statistics_kept(run):
             kept = kept_features(head, out.features, batch.y, self.f_drop, self.b_drop)
             features = out.features * kept

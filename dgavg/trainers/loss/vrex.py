@@ -6,7 +6,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import annealed, reset_at
+from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_weight
 
 
@@ -18,7 +18,8 @@ class VREx(Trainer):
 
     - `weight` (10; usual 0.1 to 1e5).
     - `anneal` (500): a step, or below 1 a share of the run, up to which the weight is 1 instead,
-      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither.
+      whatever `weight` is; then the optimizer's moments are reset, as in DomainBed. 0 for neither,
+      and neither where `weight` follows a schedule.
 
     Cost: no pass beyond the forward pass. Pays where domains differ in how well a spurious feature
     predicts (ColoredMNIST, with the oracle rule).
@@ -37,7 +38,7 @@ class VREx(Trainer):
 
     def setup(self, run: Run) -> None:
         """Find the step of the jump."""
-        self.jump = run.step_of(self.anneal, "trainer.vrex.anneal")
+        self.jump = jump_of(self, run)
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""

@@ -111,13 +111,13 @@ def take_turns(link: Trainer, run: Run, d_steps: int) -> None:
     if d_steps:
         own = list(run.extras[link.name].parameters())
         rest = list(run.model.parameters())
-        run.optimizer.register_step_pre_hook(_resting(run, own, rest, d_steps))
+        run.update.before_step.append(_resting(run, own, rest, d_steps))
 
 
 def _resting(
     run: Run, own: list[nn.Parameter], rest: list[nn.Parameter], d_steps: int
-) -> Callable[..., None]:
-    def drop(*_: Any) -> None:
+) -> Callable[[], None]:
+    def drop() -> None:
         for parameter in rest if run.t % (d_steps + 1) < d_steps else own:
             parameter.grad = None
 

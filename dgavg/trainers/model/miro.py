@@ -137,7 +137,14 @@ def recorded(featurizer: nn.Module, names: Sequence[str]) -> Iterator[list[Tenso
             hook = featurizer.get_submodule(name).register_forward_hook(keep)
             stack.callback(hook.remove)
         yield found
-    found.extend(kept[name] for name in names)
+    for name in names:
+        output = kept.get(name)
+        require(
+            isinstance(output, Tensor) and output.dim() > 1,
+            f"trainer.miro.layers: {'.'.join(['featurizer', name]).rstrip('.')!r} gives no tensor "
+            "(N, C, ...) in a forward pass; name a layer that does",
+        )
+        found.append(kept[name])
 
 
 def _channels(output: Tensor) -> list[int]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
 from dgavg.run import Run
-from dgavg.trainer import Trainer, trainer
+from dgavg.trainer import Trainer, state, trainer
+from dgavg.trainers.loss.noted import Noted
 
 
 @trainer("mtl", min_domains=2)
@@ -34,6 +35,7 @@ class MTL(Trainer):
     """
 
     ema: float = 0.99
+    noted: Noted = state(Noted)
 
     def validate(self) -> None:
         """Refuse settings out of range."""
@@ -50,26 +52,23 @@ class MTL(Trainer):
 
     def loss(self, run: Run, batch: Batch) -> Loss:
         """The inner loss; note the means of this batch for the tap."""
-        head = head_of(run)
-        head.ema = self.ema
+        head_of(run).ema = self.ema
         out = self.inner.loss(run, batch)
-        if head.seen is None or head.seen[0] != run.t:  # the first pass of a step counts
-            head.seen = run.t, batch.by_domain(out.features.detach()).mean(dim=1)
+        self.noted.note(run, batch.by_domain(out.features).mean(dim=1))
         return out
 
     def after_step(self, run: Run) -> None:
         """Move the embeddings on."""
-        head = head_of(run)
-        assert head.seen is not None
-        head.embeddings.lerp_(head.seen[1].to(head.embeddings.dtype), self.ema)
-        head.seen = None
+        means, embeddings = self.noted.take(), head_of(run).embeddings
+        if means is not None:
+            embeddings.lerp_(means.to(embeddings.dtype), self.ema)
 
 
 class DomainHead(nn.Module):
     """Features (N, F) to logits (N, classes), by way of each domain's mean features.
 
     In training mode rows are ordered by domain, the same number of each. `embeddings` (domains, F)
-    are the means so far; `seen` a step and the means in its batch, from the pass to the tap.
+    are the means so far.
     """
 
     embeddings: Tensor
@@ -82,7 +81,6 @@ class DomainHead(nn.Module):
         self.linear = linear
         self.register_buffer("embeddings", weight.new_zeros(domains, width))
         self.ema = 1.0
-        self.seen: tuple[int, Tensor] | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits; in evaluation mode those of a domain like the mean of all training domains."""

@@ -71,6 +71,10 @@ class AutoLR(Trainer):
         """Find the candidate and the first step that counts."""
         self.first = run.step_of(self.start, "trainer.autolr.start")
         if self.drops is not None:
+            require(
+                max(self.drops, default=0) <= run.steps,
+                f"trainer.autolr.drops={list(self.drops)}: past the end of a run of {run.steps}",
+            )
             return
         names = ["live", *(name for link in run.trainer for name in link.candidate_names())]
         if self.candidate not in names:
@@ -80,6 +84,10 @@ class AutoLR(Trainer):
             "autolr watches the validation loss, but the run has no evaluation: give "
             "trainer.autolr.drops",
         )
+
+    def needs_validation(self) -> bool:
+        """Only where it watches."""
+        return self.drops is None
 
     def lr(self, run: Run) -> float:
         """The inner learning rate, dropped as often as was decided."""
@@ -91,6 +99,14 @@ class AutoLR(Trainer):
             return
         if self.drops is None and run.t >= self.first and self.candidate in scores:
             self._watch(run.t, scores[self.candidate]["loss"])
+        self._end(run)
+
+    def after_step(self, run: Run) -> None:
+        """Without evaluations, end at the last of the given drops."""
+        if run.evaluate is None:
+            self._end(run)
+
+    def _end(self, run: Run) -> None:
         steps = self.found if self.drops is None else list(self.drops)
         if self.limit and self._count(run.t) >= self.limit and not run.stop:
             run.stop = f"'autolr' dropped the learning rate at steps {', '.join(map(str, steps))}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from dgavg import Trainer, trainer
 from dgavg.models import build_model
+from dgavg.trainer import fixed
 
 BASE = (
     "model.width=8 model.batchnorm=false protocol.steps=20 protocol.eval_every=20 holdout=[0] "
@@ -36,7 +37,7 @@ def _scales():
     class Scales(Trainer):
         """Scales the logits."""
 
-        times: float = 2.0
+        times: float = fixed(2.0)
 
         def adapt(self, model, domains):
             model.classifier = Scaled(model.classifier, self.times, domains)
@@ -100,3 +101,21 @@ def test_runs_of_differently_changed_models_are_refused(other, difference, dgavg
         "that share it; name the folders of those\n"
     )
     assert not (tmp_path / "soups").exists()
+
+
+def test_arms_contexts_start_alike_and_score_in_batches_of_their_own(dgavg, tmp_path):
+    """One `init_seed` fixes what a link adds too; an ensemble scores members as their runs did."""
+    words = f"{BASE.replace('seeds=[0]', 'seeds=[0,1]')} trainer=arm_basic init_seed=0 runs=a"
+    dgavg(f"{words} name=one protocol.steps=1 optimizer.lr=1e-9")
+    starts = [load_file(p) for p in sorted((tmp_path / "a/one").rglob("live.safetensors"))]
+    assert len(starts) == 2
+    for name, tensor in starts[0].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(tensor, starts[1][name], rtol=0, atol=1e-6)
+    dgavg(f"{words} name=two")
+    dgavg(f"{words} name=three optimizer.lr=1e-3")
+    dgavg("ensemble a/two a/three --candidate live runs=b name=both eval_batch_size=7")
+    record = record_of(tmp_path / "b/both", "0", 0)
+    for member in record["members"]:
+        own = record_of(tmp_path / "a" / member["run"], "0", 0)["candidates"]["live"]["splits"]
+        assert member["splits"]["0/in"]["accuracy"] == own["0/in"]["accuracy"]

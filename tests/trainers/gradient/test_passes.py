@@ -129,11 +129,14 @@ def test_with_sam_further_in_a_row_is_sams_gradient_of_one_domain():
         torch.testing.assert_close(found.rows[d].double(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("inside", ["basic", "sam_basic"])
-def test_the_choice_of_one_domain_reaches_the_links_below_the_next_one_too(inside):
-    """One domain has nothing to conflict with, so projecting changes nothing."""
-    rows = [found_in(f"{spec}_{inside}")[1].rows for spec in ("andmask", "andmask_pcgrad")]
-    torch.testing.assert_close(rows[0], rows[1], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("spec", ["andmask_basic", "andmask_asked_basic"])
+def test_weights_that_the_batch_came_with_count(spec):
+    run, basic = run_of(spec), run_of("basic")
+    batch = replace(run.batches(0), weights=torch.tensor([0.5, 0.3, 0.2]))
+    rows = domain_gradients(run.trainer, run, batch).rows
+    basic.grad(batch)
+    expected = torch.cat([p.grad.flatten() for p in basic.parameters])
+    torch.testing.assert_close(rows.mean(dim=0), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["andmask_basic", "andmask_asked_basic", "andmask_sam_basic"])

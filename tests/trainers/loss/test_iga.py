@@ -102,7 +102,7 @@ def test_statistics_move_as_in_one_pass():
 
 
 def test_a_negative_weight_of_iga_is_refused():
-    with pytest.raises(UserError, match=r"trainer.iga.weight=-1.0: a number from 0 on"):
+    with pytest.raises(UserError, match=r"trainer.iga.weight=-1.0: a finite number from 0 on"):
         chain("iga_basic", iga={"weight": -1})
 
 

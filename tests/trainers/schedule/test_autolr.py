@@ -90,6 +90,18 @@ def test_a_replay_needs_no_evaluation_and_no_candidate():
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
+def test_without_evaluations_the_last_of_the_given_drops_ends_the_run():
+    run = run_of("autolr_basic", {"autolr": {"drops": [2, 4, 6]}})
+    fit(run)
+    assert (run.t, run.stop) == (6, "'autolr' dropped the learning rate at steps 2, 4, 6")
+
+
+def test_drops_past_the_end_are_refused():
+    run_of("autolr_basic", {"autolr": {"drops": [12]}}, steps=12)
+    with pytest.raises(UserError, match=r"drops=\[3, 13\]: past the end of a run of 12"):
+        run_of("autolr_basic", {"autolr": {"drops": [3, 13]}}, steps=12)
+
+
 def test_evaluations_before_start_do_not_count():
     rising = [1.0] + [2.0] * 11
     assert scored(rising, {"start": 6, "limit": 0})[0].trainer.found == [8, 10, 12]
