@@ -80,7 +80,11 @@ class WeightAverage(ABC):
 
     @abstractmethod
     def _stored(self) -> dict[str, Tensor]:
-        """All that `_take` writes to, by a name of its own: what a checkpoint holds."""
+        """What `_take` writes to, by a name of its own: what a checkpoint holds."""
+
+    def _history(self, count: int) -> dict[str, Tensor]:
+        """More of that, which grows: the part that `count` updates have filled."""
+        return {}
 
     @abstractmethod
     def _follow(self, live: list[Tensor]) -> None:
@@ -196,7 +200,7 @@ class WeightAverage(ABC):
             "average": self._identity(),
             "calls": self.calls,
             "count": self.count,
-            "tensors": self._all_stored(),
+            "tensors": self._all_stored(self.count),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -209,8 +213,9 @@ class WeightAverage(ABC):
             raise ValueError(f"not the state of an average: it has {', '.join(map(str, saved))}")
         check_identity(self._identity(), saved["average"])
 
-    def _all_stored(self) -> dict[str, Tensor]:
-        return self._stored() | dict(zip(self.tracked.names_copied(), self._copied, strict=True))
+    def _all_stored(self, count: int) -> dict[str, Tensor]:
+        copied = dict(zip(self.tracked.names_copied(), self._copied, strict=True))
+        return self._stored() | self._history(count) | copied
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -222,7 +227,7 @@ class WeightAverage(ABC):
         that averages other buffers.
         """
         self._check_state(saved)
-        mine = self._all_stored()
+        mine = self._all_stored(saved["count"])
         check_same(mine, saved["tensors"])
         for name, tensor in mine.items():
             tensor.copy_(saved["tensors"][name])

@@ -14,6 +14,7 @@ from dgavg.averaging.batchnorm import pass_on, recalibrate_batchnorm
 from dgavg.averaging.flat import zeros
 from dgavg.averaging.lent import lent
 from dgavg.averaging.parameters import Named, common, wide
+from dgavg.averaging.rows import first_rows
 from dgavg.averaging.vector import Layout
 
 CHUNK = 1 << 18  # numbers at a time: what is done with them finds them in a CPU's cache
@@ -36,8 +37,8 @@ class GaussianPosterior(WeightAverage):
     Averaged buffers have a mean and a variance but are not sampled: a running variance plus noise
     may be negative. A complex number is two real ones. Other options: see `WeightAverage`.
 
-    Memory: 2 + `rank` models in float32 (in float64 if a tensor is), and 1 MiB (64 on a GPU), or as
-    much as the largest tensor that has gaps in memory or another order of axes than at first.
+    Memory: 2 + `rank` models in float32 (in float64 if a tensor is), and 1 MiB (64 on a GPU), or
+    twice the largest tensor that has gaps in memory or another order of axes than at first.
 
     Raises `ValueError` for settings out of range.
     """
@@ -91,10 +92,13 @@ class GaussianPosterior(WeightAverage):
         n = self.count + 1
         share = self.count / n
         row = self._ring[self.count % self.rank] if self.rank else None
-        for here, mean, m2, delta, places, parts in self._steps:
+        for here, mean, m2, newest, delta, places, parts in self._steps:
             torch._foreach_copy_(places, parts)
-            delta.sub_(mean)  # from the mean before; from the one after it is share · delta
-            mean.add_(delta, alpha=1 / n)
+            torch.sub(newest, mean, out=delta)  # from the one after it is share · delta
+            if n == 1:
+                mean.copy_(newest)
+            else:
+                mean.lerp_(newest, 1 / n)  # to the bit the mean that `RunningMean` has
             m2.addcmul_(delta, delta, value=share)
             if row is not None:
                 torch.mul(delta, share, out=row[here])
@@ -102,14 +106,15 @@ class GaussianPosterior(WeightAverage):
     def _plan(self, live: list[Tensor]) -> list[_Step]:
         """An update in steps that fit the cache."""
         length = CHUNK if self._mean.device.type == "cpu" else FAR_CHUNK
-        chunks = self._layout.chunks(live, length)
-        scratch = self._mean.new_empty(max((c.stop - c.start for c in chunks), default=0))
+        chunks = self._layout.chunks(live, length // 2)
+        size = max((c.stop - c.start for c in chunks), default=0)
+        scratch = self._mean.new_empty(2, size)
         found = []
         for chunk in chunks:
             here = slice(chunk.start, chunk.stop)
-            delta = scratch[: chunk.stop - chunk.start]
-            places = chunk.places(delta)
-            found.append(_Step(here, self._mean[here], self._m2[here], delta, places, chunk.parts))
+            newest, delta = scratch[:, : chunk.stop - chunk.start]
+            moments = self._mean[here], self._m2[here]
+            found.append(_Step(here, *moments, newest, delta, chunk.places(newest), chunk.parts))
         return found
 
     def _means(self) -> list[Tensor]:
@@ -119,9 +124,13 @@ class GaussianPosterior(WeightAverage):
         return {**super()._identity(), "rank": self.rank}
 
     def _stored(self) -> dict[str, Tensor]:
-        parts = {"mean": self._mean, "m2": self._m2}
-        if self.rank:
-            parts["deviations"] = self._ring
+        return self._by_part({"mean": self._mean, "m2": self._m2})
+
+    def _history(self, count: int) -> dict[str, Tensor]:
+        rows = first_rows(self._ring, min(count, self.rank))
+        return self._by_part({"deviations": rows} if self.rank else {})
+
+    def _by_part(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             f"{part}/{name}": tensor
             for part, flat in parts.items()
@@ -290,11 +299,12 @@ class GaussianPosterior(WeightAverage):
 
 
 class _Step(NamedTuple):
-    """A stretch of the vector: its moments, room for its deviations, what it is read from."""
+    """A stretch of the vector: its moments, room for weights and deviations, where they are."""
 
     here: slice
     mean: Tensor
     m2: Tensor
+    newest: Tensor
     delta: Tensor
     places: list[Tensor]
     parts: list[Tensor]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dgavg.averaging.average import WeightAverage
-from dgavg.averaging.pairs import moved, room
 from dgavg.averaging.parameters import Named, common, wide
+from dgavg.averaging.rows import Rows
 
 
 class LatestMean(WeightAverage):
@@ -30,26 +30,30 @@ class LatestMean(WeightAverage):
         super().__init__(source, **options)
 
     def _allocate(self, live: list[Tensor]) -> None:
-        dtypes = [t.dtype for t in live]
-        self._latest: list[list[Tensor]] = [
-            room(live, dtypes, self._devices(live)) for _ in range(self.k)
-        ]
+        kinds = [(t.dtype, device) for t, device in zip(live, self._devices(live), strict=True)]
+        self._latest = Rows(self.k, live, kinds, [True] * len(live))
 
     def _follow(self, live: list[Tensor]) -> None:
-        kept = self._latest[0]
-        dtypes = [common(m.dtype, t.dtype) for m, t in zip(kept, live, strict=True)]
-        self._latest = [moved(m, live, dtypes, self._devices(live)) for m in self._latest]
+        now = [(t.dtype, t.device) for t in self._latest.row(0)]
+        kinds = [
+            (common(dtype, t.dtype), device)
+            for (dtype, _), t, device in zip(now, live, self._devices(live), strict=True)
+        ]
+        if kinds != now:
+            before = self._latest
+            self._latest = Rows(self.k, live, kinds, [True] * len(live))
+            self._latest.take(before)
 
     def _take(self, live: list[Tensor]) -> None:
         if live:
-            torch._foreach_copy_(self._latest[self.count % self.k], live)
+            torch._foreach_copy_(self._latest.row(self.count % self.k), live)
 
     @torch.no_grad()
     def _means(self) -> list[Tensor]:
         n = min(self.count, self.k)
-        means = [t.to(wide(t.dtype), copy=True) for t in self._latest[0]]
-        for i, kept in enumerate(self._latest[1:n], start=1):
-            for mean, t in zip(means, kept, strict=True):
+        means = [t.to(wide(t.dtype), copy=True) for t in self._latest.row(0)]
+        for i in range(1, n):
+            for mean, t in zip(means, self._latest.row(i), strict=True):
                 mean.lerp_(t.to(mean.dtype), 1 / (i + 1))
         return means
 
@@ -57,8 +61,8 @@ class LatestMean(WeightAverage):
         return {**super()._identity(), "k": self.k}
 
     def _stored(self) -> dict[str, Tensor]:
-        return {
-            f"{i}/{name}": tensor
-            for i, kept in enumerate(self._latest)
-            for name, tensor in zip(self.tracked.averaged, kept, strict=True)
-        }
+        return {}
+
+    def _history(self, count: int) -> dict[str, Tensor]:
+        rows = self._latest.first(min(count, self.k))
+        return {f"latest/{k}": t for k, t in zip(self.tracked.averaged, rows, strict=True)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dgavg.averaging.parameters import Named, common
 from dgavg.averaging.vector import Layout
 
 LONGEST = 0.2887  # 1/√12 as it is written: the uniform mean, γ = 0
+CHUNK = 1 << 16  # numbers summed at a time on a CPU: they stay in its cache
 MISFIT = 0.5  # squared, relative; along a random walk such a fit is off by at most a fifth
 
 
@@ -74,7 +76,8 @@ class PostHocMean:
     `dtype` stores snapshots in fewer bits (bfloat16 keeps every magnitude, float16 does not).
     `options` are those of `WeightAverage`.
 
-    Memory: 1 model in float32 for each of `lengths`, and 1 in `dtype` for each snapshot of each.
+    Memory: 1 model in float32 for each of `lengths`, and 1 in `dtype` for each snapshot of each;
+    `weights()` makes 1 more, and one for each of `lengths` where the newest is no snapshot.
 
     Raises `ValueError` for lengths out of range.
     """
@@ -118,14 +121,18 @@ class PostHocMean:
 
     def _snapshot(self, average: PowerMean) -> dict[str, Any]:
         """The averages as one vector: a checkpoint of many snapshots has few tensors."""
-        means = average._means()
-        dtype = self.dtype or _widest(means)
+        flat = self._vector(average._means(), self.dtype)
+        return {"count": average.count, "power": average.power, "vector": flat}
+
+    def _vector(self, means: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         flat = torch.empty(
-            self._layout.size, dtype=dtype, device=means[0].device if means else None
+            self._layout.size,
+            dtype=dtype or _widest(means),
+            device=means[0].device if means else None,
         )
         for place, mean in zip(self._layout.views(flat), means, strict=True):
             place.copy_(mean)
-        return {"count": average.count, "power": average.power, "vector": flat}
+        return flat
 
     def coefficients(self, length: float, at: int | None = None) -> list[float]:
         """What each snapshot, then each average as it stands, contributes; they sum to 1.
@@ -172,7 +179,18 @@ class PostHocMean:
         What is copied, such as integers, is that of the newest update. Raises `ValueError` as
         `coefficients` does.
         """
-        return self.averages[0]._by_name(self._sums(self.coefficients(length, at)))
+        return self.weights_of([length], at)[0]
+
+    @torch.no_grad()
+    def weights_of(
+        self, lengths: Sequence[float], at: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """`weights` of each of `lengths`, to the bit, but the snapshots are read once for all.
+
+        Raises `ValueError` as `coefficients` does.
+        """
+        shares = [self.coefficients(length, at) for length in lengths]
+        return [self.averages[0]._by_name(sums) for sums in self._sums(shares)]
 
     @torch.no_grad()
     def copy_to(self, target: nn.Module | Named, length: float, at: int | None = None) -> None:
@@ -180,7 +198,8 @@ class PostHocMean:
 
         Raises `ValueError` as `coefficients` does.
         """
-        self.averages[0]._write(target, self._sums(self.coefficients(length, at)))
+        sums = self._sums([self.coefficients(length, at)])
+        self.averages[0]._write(target, sums[0])
 
     @contextmanager
     def applied_to(self, model: nn.Module, length: float, at: int | None = None) -> Iterator[None]:
@@ -193,7 +212,7 @@ class PostHocMean:
             yield
             return
         shares = self.coefficients(length, at)
-        with self.averages[0]._lent(model, lambda: self._sums(shares)):
+        with self.averages[0]._lent(model, lambda: self._sums([shares])[0]):
             yield
 
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
@@ -207,23 +226,27 @@ class PostHocMean:
         self.snapshots = []
 
     @torch.no_grad()
-    def _sums(self, shares: Sequence[float]) -> list[Tensor]:
-        """The snapshots and averages, each times its share, summed."""
-        sums = [torch.zeros_like(t) for t in self.averages[0]._means()]
-        for share, source in zip(shares, self._sources(), strict=True):
-            for total, tensor in zip(sums, self._tensors(source), strict=True):
-                total.add_(tensor.to(total.device, total.dtype), alpha=share)
-        return sums
-
-    def _tensors(self, source: dict[str, Any]) -> list[Tensor]:
-        """Those of a snapshot, or of an average as it stands."""
-        if "average" in source:
-            return list(source["average"]._means())
-        return self._layout.views(source["vector"])
+    def _sums(self, shares: Sequence[Sequence[float]]) -> list[list[Tensor]]:
+        """The snapshots and averages times each of `shares`, summed, chunk by chunk."""
+        means, sources = self.averages[0]._means(), self._sources()
+        vectors = [s["vector"] if "vector" in s else self._vector(s["means"]) for s in sources]
+        dtype, device = _widest(means), means[0].device if means else None
+        sums = torch.zeros(len(shares), self._layout.size, dtype=dtype, device=device)
+        step = CHUNK if sums.device.type == "cpu" else max(self._layout.size, 1)
+        for a in range(0, self._layout.size, step):
+            totals = sums[:, a : a + step].unbind()
+            for i, vector in enumerate(vectors):
+                part = vector[a : a + step].to(sums.device, dtype)
+                for total, share in zip(totals, shares, strict=True):
+                    total.add_(part, alpha=share[i])
+        return [
+            [t.to(m.device, m.dtype) for t, m in zip(self._layout.views(row), means, strict=True)]
+            for row in sums
+        ]
 
     def _sources(self) -> list[dict[str, Any]]:
         """The snapshots, and the averages as they stand unless that is a snapshot already."""
-        newest = [{"count": a.count, "power": a.power, "average": a} for a in self.averages]
+        newest = [{"count": a.count, "power": a.power, "means": a._means()} for a in self.averages]
         stored = bool(self.snapshots) and self.snapshots[-1]["count"] == self.count
         return self.snapshots if stored else [*self.snapshots, *newest]
 
@@ -264,12 +287,18 @@ def fit(profiles: Sequence[Profile], target: Profile) -> tuple[list[float], floa
 
     The misfit is ‖target − Σ cᵢ·profileᵢ‖²/‖target‖².
     """
+    found, missed = _fit(tuple(profiles), target)
+    return list(found), missed
+
+
+@lru_cache(maxsize=128)
+def _fit(profiles: tuple[Profile, ...], target: Profile) -> tuple[tuple[float, ...], float]:
     a = torch.tensor([[_product(p, q) for q in profiles] for p in profiles]).double()
     b = torch.tensor([_product(p, target) for p in profiles]).double()
     c = torch.linalg.lstsq(a, b[:, None], driver="gelsd").solution[:, 0]
     c = c / c.sum()
     norm = _product(target, target)
-    return list(c.tolist()), float((norm - 2 * (c @ b) + c @ a @ c) / norm)
+    return tuple(c.tolist()), float((norm - 2 * (c @ b) + c @ a @ c) / norm)
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:

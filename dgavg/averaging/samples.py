@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dgavg.averaging.flat import is_dense, padded, zeros
 from dgavg.averaging.parameters import common, wide
+from dgavg.averaging.rows import Kind, Place, Rows
 
-CHUNK = 1 << 17  # numbers of one sample at once, so that sums in float32 stay exact
 BUFFER = 1 << 19  # numbers that are float64 at once
 
 
-class _Place(NamedTuple):
-    """Where one tensor stands in every sample."""
-
-    ring: Tensor  # (k, D)
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    counted: bool
-
-    def row(self, i: int) -> Tensor:
-        """The tensor in row `i`."""
-        start = i * self.ring.stride(0) + self.offset
-        return self.ring.as_strided(self.shape, self.stride, start)
-
-    def chunks(self, rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the tensor: their flat indices, and what `rows` hold of them."""
-        for a in range(0, self.shape.numel(), CHUNK):
-            b = min(a + CHUNK, self.shape.numel())
-            yield slice(a, b), self.ring[rows, self.offset + a : self.offset + b]
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """Room for the same numbers as `tensor` in the order that they have in the ring."""
-        return torch.empty_strided(
-            self.shape, self.stride, dtype=tensor.dtype, device=tensor.device
-        )
-
-
-class Samples:
+class Samples(Rows):
     """The `k` latest lists of tensors put in, each in one row of a buffer (k, D).
 
     Row 0 holds a sample, the others their differences from it: samples that hardly differ would
@@ -54,30 +25,10 @@ class Samples:
     """
 
     def __init__(
-        self,
-        k: int,
-        live: Sequence[Tensor],
-        kinds: Sequence[tuple[torch.dtype, torch.device]],
-        counted: Sequence[bool],
+        self, k: int, live: Sequence[Tensor], kinds: Sequence[Kind], counted: Sequence[bool]
     ) -> None:
-        self.k = k
+        super().__init__(k, live, kinds, counted)
         self.order = torch.arange(k)  # the row of each sample, oldest first
-        keys = list(zip(kinds, counted, strict=True))
-        sizes = dict.fromkeys(keys, 0)
-        offsets = []
-        for key, t in zip(keys, live, strict=True):
-            offsets.append(sizes[key])
-            sizes[key] += padded(t.numel())
-        rings = {
-            (kind, counts): zeros([k * size], *kind)[0].view(k, size)
-            for (kind, counts), size in sizes.items()
-        }
-        self.rings = list(rings.values())
-        self.counted = [ring for (_, counts), ring in rings.items() if counts]
-        self.places = [
-            _Place(rings[key], offset, t.shape, _strides(t), key[1])
-            for key, offset, t in zip(keys, offsets, live, strict=True)
-        ]
 
     @classmethod
     def room_for(
@@ -97,16 +48,14 @@ class Samples:
             return self
         found = Samples(self.k, live, kinds, [p.counted for p in self.places])
         found.order.copy_(self.order)
-        for old, new in zip(self.places, found.places, strict=True):
-            for i in range(self.k):
-                new.row(i).copy_(old.row(i))
+        found.take(self)
         return found
 
     def put(self, live: Sequence[Tensor], n: int) -> None:
         """Take in one more sample, after `n` before it."""
         row = self._free_row(n)
         if live:
-            torch._foreach_copy_([place.row(row) for place in self.places], list(live))
+            torch._foreach_copy_(self.row(row), list(live))
         if row > 0:
             for ring in self.rings:
                 ring[row] -= ring[0]
@@ -184,7 +133,7 @@ class Samples:
                 target.copy_(_mix(place, share, place.like(target)))
 
 
-def _mix(place: _Place, share: Tensor, target: Tensor) -> Tensor:
+def _mix(place: Place, share: Tensor, target: Tensor) -> Tensor:
     """Σ share_i row_i into a tensor that has the strides of its place."""
     flat = _flat(target, place)
     direct = (flat.dtype, flat.device) == (share.dtype, share.device)
@@ -196,15 +145,8 @@ def _mix(place: _Place, share: Tensor, target: Tensor) -> Tensor:
     return target
 
 
-def _flat(tensor: Tensor, place: _Place) -> Tensor:
+def _flat(tensor: Tensor, place: Place) -> Tensor:
     """A tensor as a vector in the order of its place; a copy only where its strides differ."""
     if tensor.stride() != place.stride:
         tensor = place.like(tensor).copy_(tensor)
     return tensor.as_strided((place.shape.numel(),), (1,))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Its own, where it fills its memory; those of a contiguous tensor otherwise."""
-    if is_dense(tensor):
-        return tensor.stride()
-    return torch.empty(tensor.shape, device="meta").stride()

@@ -232,14 +232,11 @@ class WeightSubspace(WeightAverage):
         return {**super()._identity(), "k": self.k}
 
     def _stored(self) -> dict[str, Tensor]:
-        found = {
-            f"{i}/{name}": place.row(i)
-            for i in range(self.k)
-            for name, place in zip(self.tracked.averaged, self._samples.places, strict=True)
-        }
-        found["subspace/order"] = self._samples.order
-        found["subspace/coefficients"] = self._coefficients
-        return found
+        return {"subspace/order": self._samples.order, "subspace/coefficients": self._coefficients}
+
+    def _history(self, count: int) -> dict[str, Tensor]:
+        rows = self._samples.first(min(count, self.k))
+        return {f"samples/{k}": t for k, t in zip(self.tracked.averaged, rows, strict=True)}
 
 
 def _whitening(gram: Tensor, centred: bool) -> Tensor:

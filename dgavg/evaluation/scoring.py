@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
-from dgavg.averaging.parameters import named_tensors, plain_names
+from dgavg.averaging.parameters import named_tensors, plain_names, same_values
 from dgavg.errors import require
 from dgavg.trainer import POLICIES, Candidate, Weights
 
@@ -81,7 +81,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, candidates: Mapping[str, Candidate], *, keep: bool = False) -> dict[str, Found]:
-        """Scores by candidate and split.
+        """Scores by candidate and split; candidates that are equal are scored once.
 
         With `keep` the next call takes over what it would find again: the scores of a candidate
         that has the same name, policy, tensors to the bit, and modes. It pays where weights may
@@ -90,16 +90,18 @@ class Scorer:
         Raises `UserError` for an unknown batch-norm policy.
         """
         kept, self._kept = self._kept, {}
-        self._twins = twins = self._twins_of(candidates)
+        twins = self._twins_of(candidates)
+        first = _firsts(candidates, twins)
+        self._twins = {k: twins[f] for k, f in first.items()}
         digests = {}
         if keep or kept:
-            digests = {k: _digest(c, twins[k]) for k, c in candidates.items()}
-        same = {k: kept[k] for k, d in digests.items() if k in kept and kept[k].digest == d}
+            digests = {f: _digest(candidates[f], twins[f]) for f in first.values()}
+        same = {f: kept[f] for f, d in digests.items() if f in kept and kept[f].digest == d}
         for name, before in same.items():
             for twin, statistics in zip(twins[name], before.statistics, strict=True):
                 for key, tensor in statistics.items():
                     twin.get_buffer(key).copy_(tensor)
-        new = {k: c for k, c in candidates.items() if k not in same}
+        new = {k: candidates[k] for k, f in first.items() if k == f and k not in same}
         self._recalibrate(
             [m for k, c in new.items() if c.batchnorm == "recalibrate" for m in twins[k]]
         )
@@ -107,9 +109,12 @@ class Scorer:
             twin.eval()
         probes = {k for k, c in new.items() if c.probe}
         found = self._by_candidate({k: twins[k] for k in new}, probes)
-        scores = {k: same[k].scores if k in same else found[k] for k in candidates}
+        found |= {k: before.scores for k, before in same.items()}
+        scores = {k: dict(found[f]) for k, f in first.items()}
         if keep:
-            self._kept = {k: self._keeping(k, candidates[k], digests[k], scores[k]) for k in scores}
+            self._kept = {
+                k: self._keeping(k, candidates[k], digests[f], scores[k]) for k, f in first.items()
+            }
         return scores
 
     def _keeping(self, name: str, candidate: Candidate, digest: bytes, scores: Found) -> _Kept:
@@ -123,6 +128,10 @@ class Scorer:
         Of several members, the first's.
         """
         return named_tensors(self._twins[name][0])
+
+    def logits(self, name: str, images: Tensor) -> Tensor:
+        """What `name` as last scored makes of `images` (N, C, H, W) in [0, 1]: (N, classes)."""
+        return self._prediction(self._twins[name], images)
 
     def _by_candidate(
         self, twins: Mapping[str, list[nn.Module]], probes: set[str]
@@ -259,6 +268,33 @@ def _statistics_names(model: nn.Module) -> list[str]:
         if isinstance(module, _NormBase)
         for key, _ in module.named_buffers(recurse=False)
     ]
+
+
+def _firsts(
+    candidates: Mapping[str, Candidate], twins: Mapping[str, list[nn.Module]]
+) -> dict[str, str]:
+    """For each candidate the first one that is scored on the same, which most often is itself."""
+    groups: dict[tuple[str, bool, int], list[str]] = {}
+    found = {}
+    for name, candidate in candidates.items():
+        kind = candidate.batchnorm, candidate.probe, len(twins[name])
+        alike = groups.setdefault(kind, [])
+        found[name] = next((k for k in alike if _are_equal(twins[k], twins[name])), name)
+        if found[name] == name:
+            alike.append(name)
+    return found
+
+
+def _are_equal(mine: list[nn.Module], theirs: list[nn.Module]) -> bool:
+    """Whether twins have the same tensors, laid out alike, for sums depend on that."""
+    pairs = zip(_tensors_of(mine), _tensors_of(theirs), strict=True)
+    return all(
+        a.dtype == b.dtype and a.stride() == b.stride() and same_values(a, b) for a, b in pairs
+    )
+
+
+def _tensors_of(twins: list[nn.Module]) -> Iterator[Tensor]:
+    return itertools.chain(*(itertools.chain(t.parameters(), t.buffers()) for t in twins))
 
 
 def _digest(candidate: Candidate, twins: list[nn.Module]) -> bytes:

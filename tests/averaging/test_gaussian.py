@@ -27,7 +27,7 @@ def test_moments_and_deviations_are_those_of_the_snapshots(rank, seed):
     assert posterior.deviations == min(rank, 50)
     assert ("deviations/w" in stored) == (rank > 0)
     if rank:
-        found, expected = stored["deviations/w"].numpy(), plain_deviations(path, rank)
+        found, expected = stored["deviations/w"].numpy(), plain_deviations(path, rank)[:50]
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

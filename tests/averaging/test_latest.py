@@ -85,3 +85,17 @@ def test_the_state_of_another_k_is_refused():
 def test_a_k_that_is_no_number_of_models_is_refused(k):
     with pytest.raises(ValueError, match=rf"k={k}: a number of models from 1 on"):
         LatestMean({"w": torch.zeros(1)}, k=k)
+
+
+def test_what_was_kept_follows_a_model_to_a_wider_dtype():
+    model = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    average = LatestMean(model, k=2)
+    average.update(model)
+    kept = model.weight.detach().float()
+    model.float()
+    with torch.no_grad():
+        model.weight.add_(1e-4)
+    average.update(model)
+    expected = kept.lerp(model.weight.detach(), 0.5)
+    assert average.weights()["weight"].equal(expected)
+    assert average.state_dict()["tensors"]["latest/weight"].dtype == torch.float32

@@ -128,7 +128,7 @@ def test_a_narrower_source_does_not_narrow_what_was_kept():
     average.update(model)
     mean = (kept + model[0].weight.detach().float()) / 2
     assert average.weights()["0.weight"].equal(mean.bfloat16())
-    assert average.state_dict()["tensors"]["0/0.weight"].equal(kept)
+    assert average.state_dict()["tensors"]["latest/0.weight"][0].equal(kept)
 
 
 def test_an_average_that_was_widened_stays_so():

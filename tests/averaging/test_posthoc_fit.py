@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from trajectories import assert_same, snapshot, wander
 
 from dgavg.averaging import ExponentialMean, PostHocMean, PowerMean
-from dgavg.averaging.posthoc import MISFIT, fit, power_of
+from dgavg.averaging.posthoc import MISFIT, _fit, fit, power_of
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,77 @@ def test_two_averages_alone_make_the_length_0_2(post):
         wander(model, step)
         young.update(model)
     assert young.weights(0.2).keys() == {"weight", "bias"}
+
+
+def plain_sums(average, shares, model):
+    """Each tensor by name: the shares of the snapshots and averages, added one after the other."""
+    names = [k for k, v in model.state_dict().items() if v.is_floating_point()]
+    found = {}
+    for i, name in enumerate(names):
+        found[name] = torch.zeros_like(average.averages[0].weights()[name])
+        vectors = [average._layout.views(s["vector"])[i] for s in average.snapshots]
+        if len(shares) > len(vectors):
+            vectors += [a.weights()[name] for a in average.averages]
+        for share, vector in zip(shares, vectors, strict=True):
+            found[name].add_(vector.to(found[name].dtype), alpha=share)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("updates", [20, 23])
+@pytest.mark.parametrize("chunk", [1 << 16, 7])
+def test_many_lengths_at_once_are_each_the_plain_sum_to_the_bit(chunk, updates, dtype, monkeypatch):
+    monkeypatch.setattr("dgavg.averaging.posthoc.CHUNK", chunk)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(2, 3, 2), nn.BatchNorm1d(2))
+    model.to(memory_format=torch.channels_last)
+    average = PostHocMean(model, snapshot_every=5, buffers="average", dtype=dtype)
+    for step in range(updates):
+        wander(model, step)
+        average.update(model)
+    assert {s["vector"].dtype for s in average.snapshots} == {dtype or torch.float32}
+    lengths = [0.05, 0.2, 0.1]
+    found = average.weights_of(lengths)
+    for length, weights in zip(lengths, found, strict=True):
+        exact = plain_sums(average, average.coefficients(length), model)
+        assert_same({k: weights[k] for k in exact}, exact, rtol=0)
+        assert_same(weights, average.weights(length), rtol=0)
+        assert weights.keys() == model.state_dict().keys()
+    assert all(a["0.bias"].data_ptr() != b["0.bias"].data_ptr() for a, b in pairwise(found))
+    kept = [{k: v.clone() for k, v in w.items() if v.is_floating_point()} for w in found]
+    wander(model, 99)
+    average.update(model)
+    for one, other in zip(found, kept, strict=True):
+        assert_same({k: one[k] for k in other}, other, rtol=0)
+    assert average.weights_of([]) == []
+
+
+def test_many_lengths_are_refused_as_one_is(post):
+    average, _ = post
+    with pytest.raises(ValueError, match=r"length=0\.1, at=5: the snapshots miss 111%"):
+        average.weights_of([0.1], 5)
+    early = average.weights_of([0.1, 0.2], 100)
+    assert_same(early[1], average.weights(0.2, 100), rtol=0)
+
+
+def test_sums_keep_each_tensors_precision():
+    model = nn.ParameterDict({"a": torch.zeros(3), "b": torch.zeros(4, dtype=torch.float64)})
+    average = PostHocMean(model, snapshot_every=1)
+    for value in (1.0, 1.0 + 1e-12):
+        for p in model.parameters():
+            nn.init.constant_(p, value)
+        average.update(model)
+    found = average.weights(0.1)
+    assert (found["a"].dtype, found["b"].dtype) == (torch.float32, torch.float64)
+    assert 1 < found["b"][0].item() < 1 + 2e-12
+
+
+def test_the_fit_of_the_same_profiles_is_made_once_and_can_not_be_changed():
+    profiles = [(5, 3.0), (10, 3.0)]
+    first = fit(profiles, (10, 1.0))
+    before = _fit.cache_info().hits
+    fit(profiles, (10, 1.0))
+    assert _fit.cache_info().hits == before + 1
+    first[0][0] = 7.0
+    assert fit(profiles, (10, 1.0))[0][0] != 7.0
+    assert fit(profiles, (10, 1.0))[0] == pytest.approx(fit(list(profiles), (10, 1.0))[0])
+    assert fit(profiles, (10, 2.0)) != fit(profiles, (10, 1.0))

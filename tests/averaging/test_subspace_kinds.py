@@ -9,7 +9,7 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 
-from dgavg.averaging.samples import CHUNK
+from dgavg.averaging.rows import CHUNK
 from dgavg.averaging.subspace import WeightSubspace
 
 SHARES = [0.7, -0.4, 0.9]
@@ -244,7 +244,7 @@ def test_it_follows_a_model_to_another_precision_and_back():
         for one, point in zip(torch.eye(len(points)), points, strict=True):
             found = subspace.weights(one)["weight"].double()
             torch.testing.assert_close(found, point, rtol=close, atol=close)
-    assert subspace.state_dict()["tensors"]["0/weight"].dtype == double
+    assert subspace.state_dict()["tensors"]["samples/weight"].dtype == double
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,12 +11,14 @@ import zipfile
 import zlib
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from dgavg import UserError
 from dgavg.benchmark.files import (
+    DTYPES,
     differences,
     load_checkpoint,
     read_records,
@@ -134,6 +136,39 @@ def test_equal_weights_are_equal_files_that_say_what_they_are(tmp_path):
     with safe_open(tmp_path / "0", "pt") as file:
         assert json.loads(file.metadata()["dgavg"]) == notes
         assert torch.equal(file.get_tensor("tied"), shared)
+
+
+def _weights_of_every_kind(**more):
+    """Names that sort in another way than they stand here, and tensors without plain memory."""
+    names = [*DTYPES, torch.float32, torch.bool]
+    random = torch.Generator().manual_seed(0)
+    found = {
+        f"layer.{i % 4}.{i}é\n\x01": torch.randint(0, 2, (3, i, 2), generator=random).to(dtype)
+        for i, dtype in enumerate(names)
+    }
+    found["scalar"] = torch.tensor(3.5)
+    found["gaps"] = torch.rand(6, 4, generator=random)[:, ::2]
+    found["axes"] = torch.rand(2, 3, 4, 5, generator=random).to(memory_format=torch.channels_last)
+    found["trained"] = torch.rand(5, generator=random).requires_grad_()
+    return found | more
+
+
+@pytest.mark.parametrize("exotic", [False, True])
+def test_weights_are_written_as_safetensors_itself_would(exotic, tmp_path):
+    narrow = torch.ones(3).to(torch.float8_e5m2)
+    more = {"8 bits": narrow, "tied": narrow} if exotic else {}
+    weights, notes = _weights_of_every_kind(**more), {"chain": "ema_basic", "é": '"\\'}
+    save_weights(tmp_path / "w", weights, notes)
+    plain = {k: v.detach().clone().contiguous() for k, v in weights.items()}
+    expected = safetensors.torch.save(plain, metadata={"dgavg": json.dumps(notes)})
+    assert (tmp_path / "w").read_bytes() == expected
+    found = safetensors.torch.load_file(tmp_path / "w")
+    assert found.keys() == weights.keys()
+    assert all(
+        v.dtype == weights[k].dtype and v.shape == weights[k].shape for k, v in found.items()
+    )
+    assert all(v.float().equal(weights[k].detach().float()) for k, v in found.items())
+    assert os.listdir(tmp_path) == ["w"]
 
 
 def test_a_record_is_one_line_of_plain_json():

@@ -54,9 +54,7 @@ def test_a_wrap_that_moves_a_buffer_in_training_is_found():
         def adapt(self, model, domains):
             model.classifier = Counting(model.classifier)
 
-    with pytest.raises(
-        AssertionError, match=r"wrap changed the buffer model\.classifier\.passes"
-    ):
+    with pytest.raises(AssertionError, match=r"wrap changed the buffer model\.classifier\.passes"):
         check_reentrant("passes_basic", {})
 
 

@@ -95,8 +95,7 @@ class PostHocEMA(Trainer):
         """An average of each length, as soon as the snapshots can make it."""
         if self.average is None or self.average.count == 0:
             return {}
-        return {
-            name: Candidate(self.average.weights(length), self.batchnorm)
-            for name, length in zip(self.candidate_names(), self.offer, strict=True)
-            if self.average.can_make(length)
-        }
+        names = dict(zip(self.candidate_names(), self.offer, strict=True))
+        made = {k: length for k, length in names.items() if self.average.can_make(length)}
+        weights = self.average.weights_of(list(made.values()))
+        return {k: Candidate(w, self.batchnorm) for k, w in zip(made, weights, strict=True)}
