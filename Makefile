@@ -20,6 +20,7 @@ bench: .venv/test
 	$(BIN)/python tests/benchmarks/chain_overhead.py
 	$(BIN)/python tests/benchmarks/averages.py
 	$(BIN)/python tests/benchmarks/subspace.py
+	$(BIN)/python tests/benchmarks/links.py
 
 .venv/run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
