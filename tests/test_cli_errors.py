@@ -168,6 +168,7 @@ def test_no_gpu_is_one_line(device, refused):
     ("words", "message"),
     [
         ("list", "list what? Write dgavg list trainers|data|models|protocols [NAME]"),
+        ("list pairs irm", "dgavg list pairs takes no name: it prints the page of all pairs"),
         ("list modls", "no list 'modls'; did you mean 'models'? Known: trainers, data, models, "),
         ("list trainers imr", "no trainer 'imr'; did you mean 'irm'? Known: "),
         ("list data digts", "no data set 'digts'; did you mean 'digits'? Known: "),

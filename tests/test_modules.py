@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
-from dgavg import Run, Trainer, fit, trainer
+from dgavg import Run, Trainer, UserError, chain, fit, trainer
 from dgavg.chain import adapting
 from dgavg.testing import ToyBatches, check_resume, toy_model, toy_run
 from dgavg.trainers import EMA, Basic
@@ -97,3 +100,52 @@ def test_of_a_chain_only_the_links_that_change_the_model_are_needed_to_make_it_a
     found = adapting({"ema": {"decay": 0.9}, "doubles": {}, "irm": {"weight": "f"}, "basic": {}})
     assert [link.name for link in found] == ["doubles", "basic"]
     assert [k.name for k in adapting({k.name: k.settings() for k in EMA(Basic())})] == ["basic"]
+
+
+def test_parameters_that_the_optimizer_was_not_given_gather_no_gradients():
+    def head_alone(parameters):
+        return torch.optim.SGD(list(parameters)[-2:], lr=0.1)
+
+    run = Run("basic", toy_model(), ToyBatches(), steps=4, optimizer=head_alone)
+    first = run.model.featurizer[1].weight
+    norms = []
+    for _ in range(3):
+        run.model.load_state_dict(toy_model().state_dict())
+        run.grad(run.batches(0))
+        norms.append(first.grad.norm().item())
+    assert norms[0] == norms[1] == norms[2] > 0
+
+
+def test_a_first_group_without_a_learning_rate_is_refused():
+    with pytest.raises(UserError, match="first group has a learning rate of 0: all go by it"):
+        Run(
+            "basic", toy_model(), ToyBatches(), steps=1, optimizer=lambda p: torch.optim.SGD(p, 0.0)
+        )
+
+
+@pytest.mark.parametrize("spec", ["andmask_dann_basic", "pcgrad_miro_basic", "rsc_basic"])
+def test_a_model_of_other_precision_trains(spec):
+    batches = ToyBatches()
+
+    class Wide:
+        names, classes, epoch_length = batches.names, batches.classes, batches.epoch_length
+
+        def __call__(self, t):
+            batch = batches(t)
+            return replace(batch, x=batch.x.double())
+
+    run = Run(spec, toy_model().double(), Wide(), steps=2)
+    fit(run)
+    assert all(v.dtype == torch.float64 for k, v in run.model.named_parameters())
+
+
+def test_who_rests_counts_in_no_clip():
+    """A step of the discriminator alone is as long as `clip`, whatever the model's gradient was."""
+    settings = {"d_steps": 1, "weight": 100.0}
+    options = {"optimizer": lambda p: torch.optim.SGD(p, lr=1.0), "clip": 0.05}
+    run = Run(chain("dann_basic", dann=settings), toy_model(), ToyBatches(), steps=2, **options)
+    before = [p.detach().clone() for p in run.parameters]
+    run.step(run.batches(0))
+    moved = torch.cat([(p - b).flatten() for p, b in zip(run.parameters, before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.05, rel=1e-3)
+    assert all(p.equal(b) for p, b in zip(run.model.parameters(), before, strict=False))

@@ -119,3 +119,10 @@ def test_arms_contexts_start_alike_and_score_in_batches_of_their_own(dgavg, tmp_
     for member in record["members"]:
         own = record_of(tmp_path / "a" / member["run"], "0", 0)["candidates"]["live"]["splits"]
         assert member["splits"]["0/in"]["accuracy"] == own["0/in"]["accuracy"]
+
+
+def test_a_sweep_over_a_number_that_changes_no_model_is_taken(dgavg, tmp_path):
+    for ema in ("0.99", "0.5"):
+        dgavg(f"{BASE} trainer=mtl_basic trainer.mtl.ema={ema} runs=a name=ema{ema}")
+    dgavg("soup a --candidate live runs=b name=both")
+    assert len(record_of(tmp_path / "b/both", "0", 0)["members"]) == 2

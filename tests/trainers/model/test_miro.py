@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import STEPS, assert_weights, forward, mean, risks_of, run_of, sgd, trained
+from torch import nn
 
 from dgavg import Trainer, UserError, chain, fit, trainer
 from dgavg.models import build_model
@@ -270,3 +271,20 @@ def test_blended_labels_make_no_difference():
 
 def test_the_contract():
     check_link("miro", weight=5.0, layers=LAYERS)
+
+
+def test_a_layer_that_gives_no_features_is_refused():
+    class Unused(nn.Module):
+        """Holds parts that it never calls itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(4, 8)])
+
+        def forward(self, x):
+            return self.parts[0](x.flatten(1))
+
+    model = toy_model()
+    model.featurizer = Unused()
+    with pytest.raises(UserError, match=r"'featurizer\.parts' gives no tensor \(N, C, \.\.\.\)"):
+        run_of("miro_basic", {"miro": {"layers": ["featurizer.parts"]}}, model=model)
