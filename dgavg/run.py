@@ -175,7 +175,7 @@ class Run:
         """Give every setting that follows a schedule its number of step `t`."""
         for link, curves in self.curves:
             for name, curve in curves.items():
-                setattr(link, name, float(curve(t)))
+                setattr(link, name, curve(t))
 
     # The way down a plane starts at the head again, so that a link sees links outside it too.
     def step(self, batch: Batch) -> Loss:

@@ -8,7 +8,7 @@ The five rules:
 2. *Wraps are re-entrant; taps own time.* A wrap may run any number of times a step, so it never
    advances a counter or an average: taps do.
 3. *A field is a setting or `state()`.* Settings are the constructor, the typed config and the
-   printout; `state()` fields are the checkpoint. A setting that is a `float` may be given as a
+   printout; `state()` fields are the checkpoint. A setting that is a number may be given as a
    schedule: the run writes its number of this step into the field before each step, so a link
    reads a plain number. One that is read once, in `setup`, is declared `fixed(...)`.
 4. *Live weights are written in place only* (`copy_`, `lerp_`, `torch._foreach_*`), never rebound:
@@ -40,6 +40,7 @@ Scores = Mapping[str, Mapping[str, float]]  # candidate -> {"accuracy", "loss"} 
 TRAINERS: dict[str, type[Trainer]] = {}
 TAPS = ("setup", "after_step", "after_eval", "after_epoch", "after_fit")
 NUMBERS = (float, float | None)
+SCHEDULED = (*NUMBERS, int)  # what a setting may be that follows a schedule
 POLICIES = ("keep", "average", "recalibrate")
 
 
@@ -82,7 +83,26 @@ def state_names(cls: type[Trainer]) -> list[str]:
 def may_be_scheduled(cls: type[Trainer], setting: str) -> bool:
     """Whether a setting is a number that may follow a schedule."""
     (found,) = [f for f in fields(cls) if f.name == setting]
-    return get_type_hints(cls)[setting] in NUMBERS and not found.metadata.get("fixed")
+    return get_type_hints(cls)[setting] in SCHEDULED and not found.metadata.get("fixed")
+
+
+def _typed(
+    curve: Callable[[int], float], kind: type[int] | type[float], name: str
+) -> Callable[[int], float]:
+    """`curve` with numbers of one type.
+
+    Raises `UserError`, when called, where it gives something else.
+    """
+
+    def value(t: int) -> float:
+        found = curve(t)
+        check_type(found, float, f"{name} at step {t}")
+        require(math.isfinite(found), f"{name} is {found} at step {t}")
+        whole = kind is float or float(found).is_integer()
+        require(whole, f"{name} is {found} at step {t}: an integer; a step schedule gives those")
+        return kind(found)
+
+    return value
 
 
 def is_object(value: object) -> bool:
@@ -122,7 +142,7 @@ class Trainer:
         )
         kinds = get_type_hints(type(self))
         for key, value in self.settings().items():
-            if is_schedule(value) and kinds[key] in NUMBERS:
+            if is_schedule(value) and kinds[key] in SCHEDULED:
                 self._schedule(key, value)
                 continue
             check_type(value, kinds[key], f"trainer.{self.name}.{key}")
@@ -135,9 +155,8 @@ class Trainer:
 
     def _schedule(self, key: str, value: Any) -> None:
         """Take a schedule in place of a number; the run finds out which numbers it gives."""
-        fields_by_name = {f.name: f for f in fields(self)}
         require(
-            not fields_by_name[key].metadata.get("fixed"),
+            may_be_scheduled(type(self), key),
             f"trainer.{self.name}.{key} is read once, before the first step: it takes a number, no "
             "schedule",
         )
@@ -149,8 +168,13 @@ class Trainer:
 
         Raises `UserError` where one gives a number, at any step, that `validate` refuses.
         """
+        kinds = get_type_hints(type(self))
         found = {
-            key: curve_of(value, steps, f"trainer.{self.name}.{key}")
+            key: _typed(
+                curve_of(value, steps, f"trainer.{self.name}.{key}"),
+                int if kinds[key] is int else float,
+                f"trainer.{self.name}.{key}",
+            )
             for key, value in self.scheduled.items()
         }
         seen = set()
@@ -158,19 +182,13 @@ class Trainer:
             values = tuple(curve(t) for curve in found.values())
             if values not in seen:
                 seen.add(values)
-                self._take(dict(zip(found, values, strict=True)), t)
+                for key, value in zip(found, values, strict=True):
+                    setattr(self, key, value)
                 try:
                     self.validate()
                 except UserError as error:
                     raise UserError(f"{error} (step {t} of its schedule)") from None
         return found
-
-    def _take(self, values: Mapping[str, float], t: int) -> None:
-        for key, value in values.items():
-            name = f"trainer.{self.name}.{key}"
-            check_type(value, float, f"{name} at step {t}")
-            require(math.isfinite(value), f"{name} is {value} at step {t}")
-            setattr(self, key, float(value))
 
     def validate(self) -> None:
         """Raise `UserError` for settings that make no sense."""

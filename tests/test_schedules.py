@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import fields
-from typing import get_type_hints
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from dgavg.chain import find_trainer, settings_of
 from dgavg.schedules import curve_of
 from dgavg.testing import ToyBatches, check_resume, toy_model, toy_run
 from dgavg.testing.contract import same
-from dgavg.trainer import NUMBERS, fixed
+from dgavg.trainer import fixed, may_be_scheduled
 from dgavg.trainers import IRM, Basic
 
 NAME = "trainer.irm.weight"
@@ -126,6 +125,20 @@ def test_a_number_that_is_read_once_takes_no_schedule():
         IRM(Basic(), anneal={"linear": {"to": 1}})
 
 
+def test_a_whole_number_follows_a_schedule_of_whole_numbers():
+    seen = []
+    run = toy_run("dial_basic", {"dial": {"steps": {"step": {"values": [1, 3], "at": [6]}}}})
+    fit(run, after_step=lambda run: seen.append(run.trainer.steps))
+    assert seen == [1] * 6 + [3] * 6
+    assert all(type(steps) is int for steps in seen)
+    with pytest.raises(
+        UserError, match=r"trainer.dial.steps is 0.25 at step 1: an integer; a step"
+    ):
+        toy_run("dial_basic", {"dial": {"steps": {"linear": {"to": 3}}}})
+    with pytest.raises(UserError, match=r"swag.rank is read once, before the first step"):
+        chain("swag_basic", swag={"rank": {"linear": {"to": 3}}})
+
+
 def test_a_text_takes_no_schedule():
     with pytest.raises(UserError, match=r"warmup=\{'linear': \{'to': 1\}\} must be a text or null"):
         chain("ema_basic", ema={"warmup": {"linear": {"to": 1}}})
@@ -136,7 +149,8 @@ def test_other_settings_beside_a_schedule_are_checked_when_the_run_is_made():
         toy_run("ema_basic", {"ema": {"decay": {"linear": {"to": 0.9}}, "warmup": "fast"}})
 
 
-ELSEWHERE = {("gsam", "rho_min")}  # acts only where the learning rate falls
+# Act where the learning rate falls, or at evaluations.
+ELSEWHERE = {("gsam", "rho_min"), ("autolr", "patience"), ("autolr", "limit")}
 VALUES = {("sandmask", "k"): 1e-4}  # where the value of ACTING is one that hardly matters
 
 
@@ -144,9 +158,8 @@ def scheduled():
     """Every number of every link that may follow a schedule, with two values it may have."""
     for name in ACTING:
         cls = find_trainer(name)
-        kinds = get_type_hints(cls)
         for f in fields(cls):
-            free = f.init and kinds[f.name] in NUMBERS and not f.metadata.get("fixed")
+            free = f.init and f.name != "inner" and may_be_scheduled(cls, f.name)
             if free and (name, f.name) not in ELSEWHERE:
                 yield pytest.param(name, f.name, id=f"{name}.{f.name}")
 
@@ -157,6 +170,7 @@ def test_training_follows_the_schedule_of_every_number(name, key):
     first = {**ACTING[name]}.get(key, getattr(find_trainer(name)(Basic()), key))
     first = VALUES.get((name, key), 0.5 if first is None else first)
     second = first / 2 if first else 0.5
+    second = max(first - 1, 1) if isinstance(first, int) and not isinstance(first, bool) else second
 
     def trained(value):
         run = toy_run(f"{name}_basic", {name: {**ACTING[name], key: value}})

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING as REQUIRED
 
-from dgavg.trainer import NUMBERS, Trainer
+from dgavg.trainer import Trainer, may_be_scheduled
 
 
 @dataclass
@@ -73,7 +73,7 @@ def link_schema(cls: type[Trainer]) -> type:
         if f.init and f.name != "inner":
             kind = kinds[f.name]
             simple = kind in (int, float, str, bool, int | None, float | None, str | None)
-            simple &= kind not in NUMBERS or "fixed" in f.metadata  # others may be schedules
+            simple &= not may_be_scheduled(cls, f.name)
             default = field(default=REQUIRED if f.default is MISSING else f.default)
             if f.default_factory is not MISSING:
                 default = field(default_factory=f.default_factory)

@@ -50,16 +50,20 @@ class MLDG(Trainer):
 
     def setup(self, run: Run) -> None:
         """Refuse a split without meta-train domains."""
+        self._check(len(run.names))
+
+    def _check(self, domains: int) -> None:
         require(
-            self.n_meta_test < len(run.names),
+            self.n_meta_test < domains,
             f"trainer.mldg.n_meta_test={self.n_meta_test} leaves no domain to train on: fewer than "
-            f"the {len(run.names)} training domains",
+            f"the {domains} training domains",
         )
 
     def grad(self, run: Run, batch: Batch) -> Loss:
         """The gradients of all pairs."""
         if batch.domains == 1:
             return self.inner.grad(run, batch)
+        self._check(batch.domains)
         parts, rates = batch.split(), learning_rates(run)
         order = run.random("mldg").permutation(batch.domains).tolist()
         train, test = order[: -self.n_meta_test], order[-self.n_meta_test :]

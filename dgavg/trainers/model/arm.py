@@ -9,7 +9,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
 from dgavg.models.model import backbone_of
 from dgavg.run import Run
-from dgavg.trainer import Trainer, trainer
+from dgavg.trainer import Trainer, fixed, trainer
 from dgavg.trainers.model.inside import featurizer_of, first_features
 
 WIDTH, KERNEL = 64, 5  # of DomainBed's context network
@@ -41,7 +41,7 @@ class ARM(Trainer):
     Avoid: uses that classify one image at a time, or batches that mix domains.
     """
 
-    support: int = 32
+    support: int = fixed(32)
 
     def validate(self) -> None:
         """Refuse settings out of range."""

@@ -39,7 +39,7 @@ class DANN(Trainer):
 
     weight: float = 1.0
     grad_penalty: float = 0.0
-    d_steps: int = 0
+    d_steps: int = fixed(0)
     lr_factor: float = fixed(1.0)
 
     def validate(self) -> None:

@@ -61,7 +61,7 @@ class ASWA(Trainer):
     lower: bool | None = None
     hard: bool = True
     start: float = fixed(0)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "recalibrate"
     average: ValidatedMean = state()
     ahead: Lookahead = state()

@@ -46,7 +46,7 @@ class EMA(Trainer):
     power: float = fixed(2 / 3)
     min_decay: float = fixed(0.0)
     start: float = fixed(0)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "average"
     average: ExponentialMean = state()
 

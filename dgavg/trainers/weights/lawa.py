@@ -28,9 +28,9 @@ class LAWA(Trainer):
     Avoid: at a plateau, where `swa` averages more for one copy.
     """
 
-    k: int = 6
+    k: int = fixed(6)
     start: float = fixed(0)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "average"
     average: LatestMean = state()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dgavg.averaging import RunningMean
 from dgavg.errors import require
 from dgavg.run import Run
-from dgavg.trainer import Candidate, Trainer, state, trainer
+from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 
 
 @trainer("ma", outermost=True)
@@ -31,9 +31,9 @@ class MA(Trainer):
     `feedback=false`, or `sma`.
     """
 
-    first_epoch: int = 0
-    start: int = 0
-    every: int = 1
+    first_epoch: int = fixed(0)
+    start: int = fixed(0)
+    every: int = fixed(1)
     feedback: bool = True
     average: RunningMean = state()
     epochs: int = state(int)

@@ -35,9 +35,9 @@ class PostHocEMA(Trainer):
 
     offer: tuple[float, ...] = (0.05, 0.1, 0.2)
     lengths: tuple[float, ...] = (0.05, 0.1)
-    snapshots: int = 8
+    snapshots: int = fixed(8)
     start: float = fixed(0)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "average"
     average: PostHocMean = state()
 

@@ -26,7 +26,7 @@ class SMA(Trainer):
     """
 
     start: float = fixed(100)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "average"
     average: RunningMean = state()
 

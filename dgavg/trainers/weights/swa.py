@@ -42,11 +42,11 @@ class SWA(Trainer):
     """
 
     start: float = fixed(0.5)
-    every: int = 1
+    every: int = fixed(1)
     lr_final: float | None = fixed(None)
     schedule: str = "constant"
     lr_high: float | None = fixed(None)
-    anneal: int = 10
+    anneal: int = fixed(10)
     batchnorm: str = "recalibrate"
     average: RunningMean = state()
     first: int = state(int)

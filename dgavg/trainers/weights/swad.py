@@ -43,13 +43,13 @@ class SWAD(Trainer):
     falls to the end there is no valley, and `sma` or `ema` average more.
     """
 
-    n_converge: int = 3
-    n_tolerance: int = 6
+    n_converge: int = fixed(3)
+    n_tolerance: int = fixed(6)
     tolerance_ratio: float = fixed(0.3)
     rule: str = "paper"
     stop: bool = False
     start: float = fixed(0)
-    every: int = 1
+    every: int = fixed(1)
     batchnorm: str = "recalibrate"
     average: LossValley = state()
 

@@ -43,10 +43,10 @@ class SWAG(Trainer):
     """
 
     start: float = fixed(0.5)
-    every: int = 1
-    rank: int = 20
+    every: int = fixed(1)
+    rank: int = fixed(20)
     scale: float = fixed(1.0)
-    samples: int = 0
+    samples: int = fixed(0)
     batchnorm: str = "recalibrate"
     posterior: GaussianPosterior = state()
     seed: int | None = state()  # of the samples, once training is over

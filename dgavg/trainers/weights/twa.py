@@ -51,8 +51,8 @@ class TWA(Trainer):
     """
 
     start: float = fixed(0.5)
-    every: int = 1
-    samples: int = 10
+    every: int = fixed(1)
+    samples: int = fixed(10)
     steps: float = fixed(0.05)
     learning_rate: float = fixed(0.03)
     momentum: float = fixed(0.9)
