@@ -131,10 +131,8 @@ def test_a_whole_number_follows_a_schedule_of_whole_numbers():
     fit(run, after_step=lambda run: seen.append(run.trainer.steps))
     assert seen == [1] * 6 + [3] * 6
     assert all(type(steps) is int for steps in seen)
-    with pytest.raises(
-        UserError, match=r"trainer.dial.steps is 0.25 at step 1: an integer; a step"
-    ):
-        toy_run("dial_basic", {"dial": {"steps": {"linear": {"to": 3}}}})
+    with pytest.raises(UserError, match=r"trainer.dial.steps is 1.5 at step 1: an integer; a step"):
+        toy_run("dial_basic", {"dial": {"steps": {"linear": {"from": 1, "to": 7}}}})
     with pytest.raises(UserError, match=r"swag.rank is read once, before the first step"):
         chain("swag_basic", swag={"rank": {"linear": {"to": 3}}})
 
