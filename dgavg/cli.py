@@ -27,7 +27,7 @@ from dgavg.benchmark.recipe import Recipe
 from dgavg.benchmark.table import Runs, read_runs, tables
 from dgavg.cards import card, table
 from dgavg.chain import find_trainer, known_trainers
-from dgavg.config import CONF, explained, plain, register
+from dgavg.config import CONF, explained, plain, register, replacing
 from dgavg.config.schema import link_schema
 from dgavg.data import DATASETS
 from dgavg.errors import UserError, unknown
@@ -124,7 +124,7 @@ def _for_hydra(arguments: list[str], scratch: str) -> list[str]:
         overrides = [*overrides, f"seeds=[{options.seed}]"]
     if options.multirun:
         overrides = [f"hydra.sweep.dir='{scratch}'", *overrides]
-    return [*flags, *overrides]
+    return [*flags, *replacing(overrides)]
 
 
 def report(arguments: list[str]) -> None:

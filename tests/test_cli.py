@@ -241,3 +241,32 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("dgavg trains a chain")
+
+
+def test_a_schedule_takes_the_place_of_the_one_in_an_experiment(dgavg, tmp_path):
+    folder = tmp_path / "mine/experiment"
+    folder.mkdir(parents=True)
+    (folder / "slow.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /trainer: irm_basic\n"
+        "trainer: {irm: {weight: {linear: {to: 100, steps: 0.5}}}}\n"
+    )
+    words = "--config-dir mine experiment=slow --cfg job"
+    for given, expected in (
+        ("{linear: {to: 5}}", {"linear": {"to": 5}}),
+        ("{cosine: {to: 5}}", {"cosine": {"to": 5}}),
+        ("3", 3),
+    ):
+        out, _ = dgavg(words, f"trainer.irm.weight={given}")
+        assert yaml.safe_load(out)["trainer"]["irm"]["weight"] == expected
+
+
+def test_schedules_are_swept_over(dgavg):
+    words = "-m trainer=irm_basic trainer.irm.anneal=0 protocol.steps=8 seeds=[0] holdout=[0]"
+    out, _ = dgavg(words, "trainer.irm.weight={linear: {to: 5}},{cosine: {to: 5}},3")
+    labels = [line.split("  ")[0] for line in out.splitlines() if line.startswith("irm_basic")]
+    assert [label.partition(" irm.weight")[2] for label in labels] == [
+        ".linear.to=5",
+        ".cosine.to=5",
+        "=3",
+    ]

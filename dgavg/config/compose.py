@@ -37,7 +37,22 @@ def compose(overrides: Iterable[str] = ()) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="dgavg"):
-        return hydra_compose("train", overrides=list(overrides))
+        return hydra_compose("train", overrides=replacing(overrides))
+
+
+def replacing(overrides: Iterable[str]) -> list[str]:
+    """Overrides in which a schedule takes the place of another one, with which it would be merged.
+
+    >>> replacing(["trainer.irm.weight={linear:{to:3}}", "seeds=[0]"])
+    ['trainer.irm.weight=null', 'trainer.irm.weight={linear:{to:3}}', 'seeds=[0]']
+    """
+    found = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key.startswith("trainer.") and value.startswith("{"):
+            found.append(f"{key}=null")
+        found.append(word)
+    return found
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
