@@ -116,7 +116,7 @@ def curve_of(value: Any, steps: int, setting: str) -> Curve:
 
     >>> curve = curve_of({"warmup_linear": {"to": 10, "steps": 4}}, 100, "trainer.irm.weight")
     >>> [curve(t) for t in (0, 1, 4, 99)]
-    [0.0, 2.5, 10.0, 10.0]
+    [0.0, 2.5, 10, 10]
     """
     if callable(value):
         return partial(_called, value, setting)

@@ -261,6 +261,11 @@ def test_a_schedule_takes_the_place_of_the_one_in_an_experiment(dgavg, tmp_path)
         assert yaml.safe_load(out)["trainer"]["irm"]["weight"] == expected
 
 
+def test_settings_of_a_link_given_together_keep_the_others(dgavg):
+    out, _ = dgavg("trainer=irm_basic --cfg job", "trainer.irm={weight: 3}")
+    assert yaml.safe_load(out)["trainer"]["irm"] == {"weight": 3, "anneal": 500.0}
+
+
 def test_schedules_are_swept_over(dgavg):
     words = "-m trainer=irm_basic trainer.irm.anneal=0 protocol.steps=8 seeds=[0] holdout=[0]"
     out, _ = dgavg(words, "trainer.irm.weight={linear: {to: 5}},{cosine: {to: 5}},3")

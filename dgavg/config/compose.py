@@ -49,7 +49,7 @@ def replacing(overrides: Iterable[str]) -> list[str]:
     found = []
     for word in overrides:
         key, _, value = word.partition("=")
-        if key.startswith("trainer.") and value.startswith("{"):
+        if key.startswith("trainer.") and key.count(".") == 2 and value.startswith("{"):
             found.append(f"{key}=null")
         found.append(word)
     return found
