@@ -46,6 +46,19 @@ def test_a_module_beside_the_model_has_a_learning_rate_of_its_own_that_follows_t
         torch.testing.assert_close(parameter, before[name] - 0.5 * slopes[name])
 
 
+def test_without_a_rate_of_its_own_a_module_has_the_models():
+    @trainer("plain")
+    class Plain(Trainer):
+        """Offers a module."""
+
+        def module(self, run):
+            return nn.Linear(3, 3)
+
+    run = Run("plain_basic", toy_model(), ToyBatches(), steps=1)
+    fit(run)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [1e-3, 1e-3]
+
+
 def test_a_frozen_module_beside_the_model_needs_no_optimizer():
     define_beside(frozen=True)
     run = toy_run("beside_basic")
