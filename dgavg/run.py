@@ -54,6 +54,13 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass in a precision, a key of `PRECISIONS`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Nested dicts and lists with their tensors on `device`."""
     if isinstance(value, Mapping):
@@ -212,9 +219,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass in this run's precision."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=PRECISIONS[self.precision])
+        return autocast(self.precision, self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to `.grad`: those of all processes, in plain units."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgavg.averaging.moments import ranks
 from dgavg.errors import UserError
 
 FIRST_SCALE, INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
@@ -73,8 +74,8 @@ class Update:
         if self.scale is not None and plain:
             # new tensors: two gradients may be one, or one small tensor seen as a large one
             plain = list(torch._foreach_div(plain, self.scale))
-        if ranks() > 1 and plain and not create_graph:
-            plain = _averaged(plain)
+        if not create_graph:
+            plain = averaged(plain)
         there = dict(zip(there, plain, strict=True))
         return [there.get(p) for p in self.parameters]
 
@@ -123,13 +124,13 @@ class Update:
         self.scale, self.good = saved["scale"], saved["good"]
 
 
-def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def averaged(tensors: list[Tensor]) -> list[Tensor]:
+    """The means over all processes, as new tensors: one message a dtype and device.
 
-
-def _averaged(tensors: list[Tensor]) -> list[Tensor]:
-    """The means over all processes, as new tensors: one message a dtype and device."""
+    Where one process trains alone, the tensors themselves.
+    """
+    if ranks() == 1:
+        return tensors
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)

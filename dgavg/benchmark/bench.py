@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits, seed
 from dgavg.errors import UserError
 from dgavg.evaluation import Scorer, Split
 from dgavg.evaluation.selection import validation_score
-from dgavg.run import PRECISIONS
+from dgavg.run import autocast
 from dgavg.trainer import Candidate, Weights
 
 Scores = dict[str, dict[str, float]]  # by split: accuracy, loss, n
@@ -94,14 +93,9 @@ class Bench:
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (N, classes) in float32."""
-        with self._autocast():
+        with autocast(self.setup.precision, self.setup.device):
             logits: Tensor = model(images)
         return logits.float()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.setup.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.setup.device.type, dtype=PRECISIONS[self.setup.precision])
 
     def score(self, weights: Weights) -> tuple[Scores, Weights]:
         """Scores on all splits, and the weights that have them, recalibrated as they were."""
@@ -168,7 +162,7 @@ class Bench:
             size = getattr(self.model, "support", self.setup.eval_batch_size)
             for images in torch.split(split.images, size):
                 args = (images.float().div_(255),)
-                with self._autocast():
+                with autocast(self.setup.precision, self.setup.device):
                     # tied weights come from a file as two equal ones
                     part = functional_call(self.model, weights, args, tie_weights=False)
                 found.append(part.float())

@@ -16,9 +16,9 @@ def jump_of(link: Trainer, run: Run, anneal: str = "anneal", weight: str = "weig
     return run.step_of(getattr(link, anneal), f"trainer.{link.name}.{anneal}")
 
 
-def annealed(run: Run, weight: float, jump: int) -> float:
-    """The weight at this step: 1 before step `jump`, then `weight`, as in DomainBed."""
-    return weight if run.t >= jump else 1.0
+def annealed(run: Run, weight: float, jump: int, before: float = 1.0) -> float:
+    """The weight at this step: `before` until step `jump`, then `weight`, as in DomainBed."""
+    return weight if run.t >= jump else before
 
 
 def reset_at(run: Run, jump: int) -> None:

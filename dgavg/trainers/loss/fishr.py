@@ -13,7 +13,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import jump_of, reset_at
+from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 from dgavg.trainers.loss.noted import Noted
 
@@ -78,7 +78,7 @@ class Fishr(Trainer):
             features = F.pad(features, (0, 1), value=1.0)
         found = variances(batch.by_domain(features), batch.by_domain(slopes(out.logits, batch.y)))
         self.noted.note(run, found)
-        weight = self.weight if run.t >= self.jump else 0.0
+        weight = annealed(run, self.weight, self.jump, before=0.0)
         out.terms["fishr"] = weight * spread(found + self.ema * self.sums)
         return out
 

@@ -8,7 +8,7 @@ from dgavg.batch import Batch, Loss
 from dgavg.errors import require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
-from dgavg.trainers.loss.anneal import jump_of, reset_at
+from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
@@ -47,7 +47,7 @@ class IBERM(Trainer):
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add the penalty."""
         out = self.inner.loss(run, batch)
-        weight = self.weight if run.t >= self.jump else 0.0
+        weight = annealed(run, self.weight, self.jump, before=0.0)
         out.terms["iberm"] = weight * penalty(batch.by_domain(out.features))
         return out
 

@@ -59,7 +59,7 @@ class IBIRM(Trainer):
     def loss(self, run: Run, batch: Batch) -> Loss:
         """Add both penalties."""
         out = self.inner.loss(run, batch)
-        weight = self.weight if run.t >= self.jump else 0.0
+        weight = annealed(run, self.weight, self.jump, before=0.0)
         invariance = annealed(run, self.irm_weight, self.irm_jump)
         out.terms["ibirm"] = weight * iberm.penalty(
             batch.by_domain(out.features)

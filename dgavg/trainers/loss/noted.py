@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from dgavg.run import Run
-from dgavg.update import ranks
+from dgavg.update import averaged
 
 
 class Noted:
@@ -31,11 +30,7 @@ class Noted:
     def take(self) -> Tensor | None:
         """What was noted, the mean over all processes; None where nothing was."""
         value, self.value = self.value, None
-        if value is not None and ranks() > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= ranks()
-        return value
+        return None if value is None else averaged([value])[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a checkpoint stands between two steps."""
