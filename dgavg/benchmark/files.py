@@ -25,19 +25,6 @@ RECORD = frozenset(
     ("step", "held_out", "seed", "chain", "trainer", "data", "protocol", "candidates")
 )  # what every reader of a record needs
 
-DTYPES = {  # in safetensors, in the order of its files
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
 
 @contextmanager
 def writing(path: Path, hint: str = "choose another runs=FOLDER") -> Iterator[None]:
@@ -133,36 +120,9 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, 
 
     As one entry, since safetensors shuffles entries and equal weights shall be equal files.
     """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    metadata = {"dgavg": json.dumps(dict(notes))}
-    if all(t.dtype in DTYPES for t in tensors.values()):
-        write_atomically(path, lambda file: _write_safetensors(file, tensors, metadata))
-    else:
-        data = safetensors_bytes({k: v.clone() for k, v in tensors.items()}, metadata=metadata)
-        write_atomically(path, lambda file: file.write(data))
-
-
-def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """The bytes that the library makes, straight from the tensors: it copies them three times."""
-    ranks = {dtype: i for i, dtype in enumerate(DTYPES)}
-    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        tensor, start = tensors[name], end
-        end += tensor.nbytes
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in weights.items()}
+    data = safetensors_bytes(tensors, metadata={"dgavg": json.dumps(dict(notes))})
+    write_atomically(path, lambda file: file.write(data))
 
 
 def record_line(record: Mapping[str, Any]) -> str:
