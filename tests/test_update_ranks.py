@@ -5,14 +5,12 @@ The processes run this file; each writes its weights, by case.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import join, started
 from torch import nn
 
 from dgavg import Batch, Run, Trainer, UserError, chain, fit, trainer
@@ -91,14 +89,7 @@ def wrapped():
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),  # a rank that waits for nobody fails
-    )
+    join(rank, folder)
     found = {"_".join(case): trained(case, Half(rank)) for case in CASES}
     found["wrapped"] = wrapped()
     torch.save(found, f"{folder}/{rank}.pt")
@@ -107,19 +98,7 @@ def main(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert [p.returncode for p in started] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return started(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES, ids="_".join)

@@ -5,15 +5,13 @@ The processes run this file; each writes the statistics it found, by case.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import join, started
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,14 +92,7 @@ def refused():
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),  # a rank that waits for nobody fails
-    )
+    join(rank, folder)
     found = {case: found_by(case, rank) for case in SHAPES}
     with batchnorm_recalibration(nn.Linear(2, 2)):  # nothing to merge
         pass
@@ -111,20 +102,7 @@ def main(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "error", __file__]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert [p.returncode for p in started] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return started(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def rows_of(tensors):

@@ -5,13 +5,11 @@ The processes run this file; each writes what it took, and the q of GroupDRO tha
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
+from ranks import join, started
 
 from dgavg.testing import toy_run
 from dgavg.trainers.loss import groupdro  # noqa: F401  (registers it)
@@ -60,14 +58,7 @@ class Shifted:
 
 
 def main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),
-    )
+    join(rank, folder)
     noted, given = Noted(), torch.tensor([1.0 + rank, 5.0])
     noted.note(At(0), given)
     taken = noted.take()
@@ -85,20 +76,7 @@ def main(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "error", __file__]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert [p.returncode for p in started] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return started(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 def test_two_processes_take_the_mean_and_keep_what_they_gave(ranks):
