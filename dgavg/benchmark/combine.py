@@ -98,8 +98,6 @@ def _settings(member: Member, overrides: Sequence[str]) -> dict[str, Any]:
             f"{word} is as it was in the runs; here may be set: {', '.join(allowed)}",
         )
     check_choices(settings, settings["protocol"])
-    threads = settings["threads"]
-    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
     taken = {
         key: settings[key] if key in given else member.config[key]
         for key in ("precision", "eval_batch_size")
@@ -108,7 +106,7 @@ def _settings(member: Member, overrides: Sequence[str]) -> dict[str, Any]:
         **taken,
         "data": settings["data"],
         "device": find_device(settings["device"]),
-        "threads": threads,
+        "threads": settings["threads"],
         "name": settings["name"],
         "runs": settings["runs"] if "runs" in given else member.folder.parents[2],
     }

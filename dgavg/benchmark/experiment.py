@@ -92,8 +92,6 @@ def build(
         init_seed is None or 0 <= init_seed < 2**32,
         f"init_seed={init_seed}: a number from 0 on, or null",
     )
-    threads = settings["threads"]
-    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
     optimizer = dict(settings["optimizer"])
     shape, warmup = optimizer.pop("schedule", "constant"), optimizer.pop("warmup", 0)
     check_type(shape, str, "optimizer.schedule")
@@ -144,7 +142,7 @@ def build(
         clip=clip,
         evaluate_all=settings["evaluate"] == "all",
         eval_batch_size=settings["eval_batch_size"],
-        threads=threads,
+        threads=settings["threads"],
         tensorboard=settings["logger"] == "tensorboard",
         identity=identity,
         folder=Path(settings["runs"]) / name,
@@ -194,6 +192,7 @@ def _described(model: ModelBuilder, dataset: DomainDataset) -> dict[str, str]:
 
 
 def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a setting that is none of its choices, or below what it may be."""
     for value, choices, name in (
         (protocol["test_split"], ("in", "all"), "protocol.test_split"),
         (protocol["selection"], tuple(RULES), "protocol.selection"),
@@ -207,8 +206,9 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
         summary_writer()  # is it there?
     for key in ("steps", "batch_size", "eval_every"):
         require(protocol[key] > 0, f"protocol.{key}={protocol[key]}: at least 1")
-    size = settings["eval_batch_size"]
+    size, threads = settings["eval_batch_size"], settings["threads"]
     require(size > 0, f"eval_batch_size={size}: at least 1")
+    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
 
 
 def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
