@@ -280,7 +280,10 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises `UserError` for the state of another link.
+        """
         names = state_names(type(self))
         require(
             set(names) == saved.keys(),

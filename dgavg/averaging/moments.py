@@ -33,7 +33,10 @@ class Moments:
         self.m2 = torch.zeros_like(self.mean)
 
     def take(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A forward pre-hook; the layer's input is (N, C, ...), of instance norm also (C, ...)."""
+        """A forward pre-hook; the layer's input is (N, C, ...), of instance norm also (C, ...).
+
+        Raises `ValueError` for another number of channels.
+        """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if isinstance(layer, _InstanceNorm) and x.dim() == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
             x = x.unsqueeze(0)

@@ -35,6 +35,8 @@ def power_of(length: float) -> float:
 
     >>> [round(power_of(x), 2) for x in (0.05, 0.10, 0.25)]
     [16.97, 6.94, 0.72]
+
+    Raises `ValueError` for a length outside that.
     """
     if not 0 < length <= LONGEST:
         raise ValueError(f"length={length}: a share of training in (0, {LONGEST}]")

@@ -115,7 +115,10 @@ class WeightSubspace(WeightAverage):
         return basis.T @ self._samples.dot(tensors, self.samples, relative=self.centred)
 
     def coefficients_at(self, beta: Coefficients) -> Tensor:
-        """The coefficients (K,) of mean + Pᵀβ, with `beta` (r,) along the basis."""
+        """The coefficients (K,) of mean + Pᵀβ, with `beta` (r,) along the basis.
+
+        Raises `ValueError` for another number of directions, and as `basis` does.
+        """
         basis = self.basis()
         beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").detach()
         if beta.shape != basis.shape[1:]:

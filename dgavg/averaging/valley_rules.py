@@ -101,7 +101,10 @@ class Rule:
         return {k: list(v) if isinstance(v := getattr(self, k), list) else v for k in self.fields}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave.
+
+        Raises `ValueError` for the state of another rule.
+        """
         if set(saved) != set(self.fields):
             raise ValueError(f"the state of another rule: it has {', '.join(map(str, saved))}")
         for key, value in saved.items():

@@ -86,7 +86,10 @@ def run_fold(
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it."""
+    """Make the folder and keep other processes out of it.
+
+    Raises `UserError` where another one is at work there.
+    """
     make_folder(folder)
     lock = FileLock(folder / ".lock")
     with writing(folder):

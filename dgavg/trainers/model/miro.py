@@ -124,7 +124,7 @@ def penalty(live: Sequence[Tensor], start: Sequence[Tensor], variances: Sequence
 def recorded(featurizer: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
     """Inside, what the first pass through `featurizer` gives at `names`; left as it was after.
 
-    The list is filled when the block ends.
+    The list is filled when the block ends. Raises `UserError` for a layer that gave no features.
     """
     kept: dict[str, Tensor] = {}
     found: list[Tensor] = []

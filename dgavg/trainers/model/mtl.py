@@ -42,7 +42,7 @@ class MTL(Trainer):
         require(0 < self.ema <= 1, f"trainer.mtl.ema={self.ema}: above 0, at most 1")
 
     def adapt(self, model: nn.Module, domains: int) -> None:
-        """Widen the classifier."""
+        """Widen the classifier; refuse one that is more than a linear layer."""
         linear = model.classifier
         if not isinstance(linear, nn.Linear):
             raise UserError(

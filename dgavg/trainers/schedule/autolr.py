@@ -68,7 +68,7 @@ class AutoLR(Trainer):
         )
 
     def setup(self, run: Run) -> None:
-        """Find the candidate and the first step that counts."""
+        """Find the first step that counts; refuse drops past the end and nothing to watch."""
         self.first = run.step_of(self.start, "trainer.autolr.start")
         if self.drops is not None:
             require(

@@ -75,7 +75,7 @@ class ASWA(Trainer):
         check_shadow(self)
 
     def setup(self, run: Run) -> None:
-        """Make room for the average."""
+        """Make room for the average; refuse a run without evaluations."""
         require(
             run.evaluate is not None,
             "aswa compares candidates on validation data: give the run evaluate=...",

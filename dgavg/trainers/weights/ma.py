@@ -45,7 +45,7 @@ class MA(Trainer):
         require(self.every >= 1, f"trainer.ma.every={self.every}: at least 1")
 
     def setup(self, run: Run) -> None:
-        """Make room for the average."""
+        """Make room for the average; refuse a run that ends no epoch that would count."""
         require(
             run.steps // run.epoch_length > self.start,
             f"ma averages at the ends of epochs of {run.epoch_length} steps from epoch {self.start}"

@@ -68,7 +68,7 @@ class SWAD(Trainer):
         check_shadow(self)
 
     def setup(self, run: Run) -> None:
-        """Make room for the first sum."""
+        """Make room for the first sum; refuse a run with too few evaluations to find a valley."""
         options = by_step(self, run)
         require(
             run.evaluate is not None,
