@@ -15,13 +15,13 @@ PROTOCOL = {"holdout_fraction": 0.2, "test_split": "in", "selection": "validatio
 
 @pytest.fixture
 def bench(make_data):
-    def make(batchnorm="recalibrate", size=10):
+    def make(batchnorm="recalibrate", size=10, precision="fp32"):
         setup = Setup(
             dataset=make_data([60, 70, 65]),
             model=lambda shape, classes: build_model("mlp", shape, classes, width=4, dropout=0.5),
             protocol=PROTOCOL,
             device=torch.device("cpu"),
-            precision="fp32",
+            precision=precision,
             eval_batch_size=size,
         )
         return Bench(setup, "d1", 0, batchnorm)
@@ -64,3 +64,20 @@ def test_only_batch_norm_that_will_be_recalibrated_trains(policy, bench):
     assert len(layers) == 2
     assert all(layer.training == (policy == "recalibrate") for layer in layers)
     assert not any(m.training for m in model.modules() if m not in layers)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_weights_are_scored_in_the_precision_of_the_runs(precision, dtype, bench):
+    found, plain = bench(precision=precision), bench()
+    weights = found.model.state_dict()
+    logits = found.logits(weights)
+    images = torch.cat([split.images for split in found.splits.values()]).float() / 255
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = found.model.eval()(images).float()
+    torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
+    with torch.no_grad():
+        assert found.forward(found.model, images).equal(expected)
+    assert not plain.logits(weights).equal(logits)
+    assert found.forward(found.model, images).dtype == torch.float32
