@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from dgavg.averaging.batchnorm import batchnorm_layers
 from dgavg.averaging.parameters import check_same
-from dgavg.benchmark.fold import splits_to_score
+from dgavg.benchmark.scored import splits_to_score
 from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits, seed_hash
 from dgavg.errors import UserError
 from dgavg.evaluation import Scorer, Split

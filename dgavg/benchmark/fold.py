@@ -30,11 +30,12 @@ from dgavg.benchmark.files import (
     write_text,
     writing,
 )
+from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
-from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
+from dgavg.data import DomainDataset, TrainingBatches, make_splits
 from dgavg.errors import UserError, require
-from dgavg.evaluation import Scorer, Split, selected_step
+from dgavg.evaluation import Scorer, selected_step
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
@@ -68,7 +69,8 @@ def run_fold(
     settings, or another process is at work in it; what can't be trained leaves no folder.
     """
     folder = experiment.run_folder(held_out, seed)
-    settings = {**experiment.identity, "held_out": held_out, "seed": seed}
+    settings = {**experiment.identity, "dataset": described(experiment.dataset)}
+    settings |= {"held_out": held_out, "seed": seed}
     check_same(folder, settings)
     if not (folder / "done").exists():
         threads = torch.get_num_threads()
@@ -130,6 +132,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def described(dataset: DomainDataset) -> dict[str, Any]:
+    """What whoever uses the weights of a run must know of the data they were trained on."""
+    return {
+        "domains": list(dataset.names),
+        "classes": list(dataset.classes),
+        "input_shape": list(dataset.input_shape),
+    }
+
+
 @dataclass
 class _Clock:
     """Seconds of training, over all the times a run was started."""
@@ -161,34 +172,6 @@ def _initial_model(experiment: Experiment) -> nn.Module:
     adapt(experiment.trainer, model, len(experiment.dataset.domains) - 1)
     set_random_state(before, experiment.device)
     return model
-
-
-def splits_to_score(
-    dataset: DomainDataset,
-    splits: Splits,
-    held_out: int,
-    protocol: Mapping[str, Any],
-    device: torch.device,
-    *,
-    every: bool = False,
-) -> dict[str, Split]:
-    """What is scored: what the selection rule and the table read, or everything."""
-    found = {}
-    for i, domain in enumerate(dataset.domains):
-        parts = {"in": splits.in_[i], "out": splits.out[i]}
-        if not every and i != held_out:
-            del parts["in"]
-        if not every and i == held_out:
-            needs_out = protocol["test_split"] == "all" or protocol["selection"] == "oracle"
-            parts = parts if needs_out else {"in": parts["in"]}
-        for part, keys in parts.items():
-            if not len(keys):
-                continue
-            rows = torch.from_numpy(keys)
-            found[f"{domain.name}/{part}"] = Split(
-                domain.images[rows].to(device), domain.labels[rows].to(device)
-            )
-    return found
 
 
 class _Fold:
