@@ -24,6 +24,7 @@ from dgavg.settings import check_type, fits
 from dgavg.trainer import Trainer
 
 PLACES = ("root", "download", "workers")  # where data is and how it is read, not what it is
+ALSO = ("keep", "recalibrate")  # what any average can be scored by beside its own policy
 ModelBuilder = Callable[[tuple[int, int, int], int], Model]
 
 
@@ -50,6 +51,7 @@ class Experiment:
     clip: float | None
     evaluate_all: bool
     eval_batch_size: int
+    also_batchnorm: tuple[str, ...]
     threads: int | None
     tensorboard: bool
     identity: Mapping[str, Any]
@@ -122,6 +124,8 @@ def build(
     }
     if init_seed is not None:  # runs without it keep their names
         identity["init_seed"] = init_seed
+    if settings["also_batchnorm"]:
+        identity["also_batchnorm"] = settings["also_batchnorm"]
     identity = json.loads(json.dumps(identity, default=list))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}".replace(os.sep, "_")
@@ -142,6 +146,7 @@ def build(
         clip=clip,
         evaluate_all=settings["evaluate"] == "all",
         eval_batch_size=settings["eval_batch_size"],
+        also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],
         tensorboard=settings["logger"] == "tensorboard",
         identity=identity,
@@ -202,6 +207,9 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
     ):
         shown = ", ".join("null" if c is None else c for c in choices)
         require(value in choices, f"{name}={value}: choose one of {shown}")
+    for policy in settings["also_batchnorm"]:
+        if policy not in ALSO:
+            raise unknown("batch-norm policy", policy, ALSO, "also_batchnorm")
     if settings["logger"] == "tensorboard":
         summary_writer()  # is it there?
     for key in ("steps", "batch_size", "eval_every"):

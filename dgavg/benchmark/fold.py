@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
 from dgavg.run import Run
 from dgavg.seeding import random_state, seed_everything, set_random_state
-from dgavg.trainer import Scores
+from dgavg.trainer import Candidate, Scores
 
 # What a record names beside the chain: all that its numbers come from.
 SETTINGS = (
@@ -54,6 +54,7 @@ SETTINGS = (
     "precision",
     "device",
     "init_seed",
+    "also_batchnorm",
 )
 
 Watch = Callable[[Run], None]
@@ -174,6 +175,19 @@ def _initial_model(experiment: Experiment) -> nn.Module:
     return model
 
 
+def _by_policies(
+    candidates: Mapping[str, Candidate], policies: Sequence[str]
+) -> Iterator[tuple[str, Candidate]]:
+    """Candidates, each average followed by itself under the other batch-norm `policies`."""
+    for name, candidate in candidates.items():
+        yield name, candidate
+        if name == "live" or candidate.probe:
+            continue
+        for policy in policies:
+            if policy != candidate.batchnorm:
+                yield f"{name}@{policy}", replace(candidate, batchnorm=policy)
+
+
 class _Fold:
     """Builds the run of one fold and writes what it leaves."""
 
@@ -288,7 +302,7 @@ class _Fold:
 
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
-        candidates = run.candidates()
+        candidates = dict(_by_policies(run.candidates(), self.experiment.also_batchnorm))
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         scores = self.scorer.score(candidates, keep=again)

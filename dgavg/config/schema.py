@@ -60,6 +60,7 @@ class Settings:
     threads: int | None = REQUIRED
     evaluate: str = REQUIRED
     eval_batch_size: int = REQUIRED
+    also_batchnorm: list[str] = REQUIRED
     logger: str | None = REQUIRED
     runs: str = REQUIRED
     name: str | None = REQUIRED
