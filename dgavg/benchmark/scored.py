@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from dgavg.data import DomainDataset, Splits
+from dgavg.data.stream import Images
 from dgavg.evaluation import Split
+from dgavg.evaluation.selection import SCORES_HELD_OUT
 
 
 def splits_to_score(
     dataset: DomainDataset,
     splits: Splits,
-    held_out: int,
+    held_out: Collection[int],
     protocol: Mapping[str, Any],
     device: torch.device,
     *,
     every: bool = False,
+    resident: bool | None = None,
 ) -> dict[str, Split]:
-    """What is scored: what the selection rule and the table read, or everything."""
+    """What is scored: what the selection rule and the table read, or everything.
+
+    `held_out` are the indices of the domains left out. `resident` says whether the images are
+    copied to the device; None measures what fits.
+    """
     found = {}
     for i, domain in enumerate(dataset.domains):
         parts = {"in": splits.in_[i], "out": splits.out[i]}
-        if not every and i != held_out:
+        if i in held_out and splits.test is not None:
+            parts["in"] = splits.test[i]
+        if not every and i not in held_out:
             del parts["in"]
-        if not every and i == held_out:
-            needs_out = protocol["test_split"] == "all" or protocol["selection"] == "oracle"
+        if not every and i in held_out:
+            reads_out = protocol["selection"] in SCORES_HELD_OUT
+            needs_out = protocol["test_split"] == "all" or reads_out
             parts = parts if needs_out else {"in": parts["in"]}
         for part, keys in parts.items():
             if not len(keys):
                 continue
             rows = torch.from_numpy(keys)
-            found[f"{domain.name}/{part}"] = Split(
-                domain.images[rows].to(device), domain.labels[rows].to(device)
-            )
+            images = Images([(domain.images, rows)], device, resident)
+            found[f"{domain.name}/{part}"] = Split(images, domain.labels[rows].to(device))
     return found

@@ -1,6 +1,14 @@
 """Multi-domain data sets: loading them by name, splitting them, and drawing training batches."""
 
-from dgavg.data import digits, folder  # noqa: F401 (each registers its data sets)
+from dgavg.data import (  # noqa: F401 (each registers its data sets)
+    benchmarks,
+    digits,
+    features,
+    folder,
+    hub,
+    spawrious,
+    wilds,
+)
 from dgavg.data.augment import AUGMENTATIONS
 from dgavg.data.domains import Domain, DomainDataset
 from dgavg.data.registry import DATASETS, dataset, load

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
+from dgavg.data.cache import FOLDER, CannotBuildError, cached_images
+from dgavg.data.decode import Bad, decode_all, unreadable
 from dgavg.data.domains import Domain, DomainDataset
 from dgavg.data.registry import dataset
 from dgavg.errors import UserError, require, unknown
@@ -32,48 +33,134 @@ def folder(
     on_bad_image: str = "error",
     title: str = "folder",
     workers: int = 0,
+    cache: str | None = None,
 ) -> DomainDataset:
     """Any folder tree root/domain/class/image, such as PACS or OfficeHome (3×size×size).
 
     Domains, classes and images are sorted by name, as torchvision's `ImageFolder` and so DomainBed
     sort them; names that begin with a dot and files that are no images are passed over. An image
-    is made RGB and resized whole to `size` × `size` pixels (Pillow's bilinear, antialiased). All
-    are held in memory: 3 · size² bytes each.
+    is made RGB and resized whole to `size` × `size` pixels (Pillow's bilinear, antialiased).
 
     `title` is what tables call it. `domains` keeps only these (null: every folder).
     `on_bad_image=skip` leaves images out that cannot be read and says so in the notes. `workers` is
-    how many threads decode (0: one for each processor).
+    how many threads decode (0: one for each processor). `cache` is the folder for the decoded
+    images, 3 · size² bytes each, which all runs share: null is `.dgavg-cache` in the root, `none`
+    holds them in memory instead.
 
     Raises `UserError` where root, a domain, a class or an image is missing or cannot be read, or
-    where the images do not fit into memory.
+    where the images fit neither on the disk nor into memory.
     """
+    return load_tree(
+        root,
+        domains=domains,
+        size=size,
+        on_bad_image=on_bad_image,
+        workers=workers,
+        cache=cache,
+        title=title,
+    )
+
+
+def load_tree(
+    root: str | Path,
+    *,
+    size: int,
+    domains: Sequence[str] | None = None,
+    on_bad_image: str = "error",
+    workers: int = 0,
+    cache: str | None = None,
+    title: str = "folder",
+    tree_check: Callable[[Tree], tuple[Tree, Sequence[str]]] | None = None,
+) -> DomainDataset:
+    """Read a tree root/domain/class/image through the cache; settings as those of `folder`.
+
+    `tree_check` sees which files there are before any is decoded. It gives those to load, as a
+    tree that may have other names and another order, and notes; or raises `UserError`.
+    """
+    check_image_settings(size, on_bad_image, workers)
+    place = Path(root).expanduser()
+    tree = find_tree(place, domains)
+    notes: Sequence[str] = ()
+    if tree_check is not None:
+        tree, notes = tree_check(tree)
+    return load_files(
+        tree,
+        place,
+        size=size,
+        on_bad_image=on_bad_image,
+        workers=workers,
+        cache=cache,
+        title=title,
+        notes=notes,
+    )
+
+
+def load_files(
+    tree: Tree,
+    root: Path,
+    *,
+    size: int,
+    on_bad_image: str = "error",
+    workers: int = 0,
+    cache: str | None = None,
+    title: str = "folder",
+    notes: Sequence[str] = (),
+) -> DomainDataset:
+    """Read any images below `root`, named by domain and class, through the cache.
+
+    Every domain has the same classes in the same order; settings as those of `folder`.
+    """
+    check_image_settings(size, on_bad_image, workers)
+    skip, source = on_bad_image == "skip", _Source(tree, root, title)
+    if cache != "none":
+        names = {
+            domain: {label: [source.name(path) for path in files] for label, files in part.items()}
+            for domain, part in tree.items()
+        }
+        try:
+            stored = cached_images(
+                Path(cache).expanduser() if cache else root / FOLDER,
+                root,
+                names,
+                size,
+                skip=skip,
+                workers=workers,
+                fingerprint=lambda images, bad: source.dataset(images, bad).fingerprint(),
+            )
+        except CannotBuildError as error:
+            remedy = "set data.cache=FOLDER to one that can, or data.cache=none"
+            require(cache is None, f"decoded images can't be kept in {cache} ({error}); {remedy}")
+            notes = (*notes, f"decoded into memory: {root / FOLDER} can't be written ({error})")
+        else:
+            if stored.bad and not skip:
+                raise UserError(unreadable(source.paths[stored.bad[0][0]], stored.bad[0][1]))
+            return source.dataset(stored.images, stored.bad, notes, stored.content)
+    images, bad = _in_memory(source.paths, size, skip, workers)
+    return source.dataset(images, bad, notes)
+
+
+def check_image_settings(size: int, on_bad_image: str, workers: int) -> None:
+    """Raise `UserError` for a setting of `folder` that can't be."""
     if on_bad_image not in ("error", "skip"):
         raise unknown("data.on_bad_image", on_bad_image, ("error", "skip"))
     require(size >= 1, f"data.size={size} must be at least 1 pixel")
     require(workers >= 0, f"data.workers={workers} must be 0 (one for each processor) or more")
-    tree = _tree(Path(root).expanduser(), domains)
-    classes = tuple(next(iter(tree.values())))
-    loaded, bad = [], []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        try:
-            for domain, by_class in tree.items():
-                part, left_out = _read(domain, by_class, size, on_bad_image == "skip", pool)
-                loaded.append(part)
-                bad += left_out
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # don't decode the rest first
-            raise
-    notes = (_note(bad, Path(root)),) if bad else ()
-    return DomainDataset(title, tuple(loaded), classes, notes)
 
 
-def _tree(root: Path, wanted: list[str] | None) -> Tree:
-    """The image files of every domain and class, sorted by name; each domain has every class."""
+def find_tree(root: Path, wanted: Sequence[str] | None = None) -> Tree:
+    """The image files of every domain and class, sorted by name; each domain has every class.
+
+    `wanted` keeps only these domains. Raises `UserError` where a domain, a class or all images of
+    one are missing.
+    """
     remedy = "set data.root=FOLDER to a tree FOLDER/domain/class/image"
     require(root.is_dir(), f"no folder {root}; {remedy}")
     found = _folders(root)
     require(bool(found), f"{root} has no folder for a domain in it; {remedy}")
-    require(wanted != [], f"data.domains=[] keeps no domain; name at least 2 of {', '.join(found)}")
+    require(
+        wanted is None or len(wanted) > 0,
+        f"data.domains=[] keeps no domain; name at least 2 of {', '.join(found)}",
+    )
     for name in wanted or ():
         if name not in found:
             raise unknown("domain", name, found, str(root))
@@ -86,7 +173,7 @@ def _tree(root: Path, wanted: list[str] | None) -> Tree:
             bool(classes_of[domain]), f"{root / domain} has no folder for a class in it; {hint}"
         )
     tree = {
-        domain: {label: _images(root / domain / label) for label in classes_of[domain]}
+        domain: {label: images_in(root / domain / label) for label in classes_of[domain]}
         for domain in domains
     }
     every = sorted({label for by_class in tree.values() for label in by_class})
@@ -105,7 +192,8 @@ def _folders(path: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(path: Path) -> list[Path]:
+def images_in(path: Path) -> list[Path]:
+    """The image files of a folder, sorted by name."""
     names = sorted(
         entry.name
         for entry in os.scandir(path)
@@ -116,58 +204,70 @@ def _images(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _read(
-    domain: str, by_class: dict[str, list[Path]], size: int, skip: bool, pool: ThreadPoolExecutor
-) -> tuple[Domain, list[Path]]:
-    """Decode one domain straight into its tensor; the files that could not be read apart."""
-    paths = [path for files in by_class.values() for path in files]
-    labels = torch.tensor([i for i, files in enumerate(by_class.values()) for _ in files])
+def _in_memory(
+    paths: Sequence[Path], size: int, skip: bool, workers: int
+) -> tuple[Tensor, list[Bad]]:
     try:
         images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     except RuntimeError as error:
         need = len(paths) * 3 * size**2 / 2**30
         raise UserError(
-            f"{len(paths)} images of domain {domain!r} at data.size={size} need {need:.1f} GiB, "
-            "more memory than there is; choose a smaller data.size"
+            f"{len(paths)} images at data.size={size} need {need:.1f} GiB, more memory than there "
+            "is; choose a smaller data.size"
         ) from error
-    problems = pool.map(lambda path, out: _decode(path, out, size), paths, images.numpy())
-    good, bad = [], []
-    for i, problem in enumerate(problems):
-        if problem is None:
-            good.append(i)
-            continue
-        require(
-            skip, f"{paths[i]} cannot be read ({problem}); mend it or set data.on_bad_image=skip"
-        )
-        bad.append(paths[i])
-    if bad:
-        keep = torch.tensor(good, dtype=torch.int64)
-        images, labels = images[keep], labels[keep]
-        for index, (label, files) in enumerate(by_class.items()):
-            require(
-                bool((labels == index).any()),
-                f"none of the {len(files)} images of class {label!r} of domain {domain!r} can be "
-                f"read, so nothing is left of it; mend {files[0].parent}",
-            )
-    return Domain(domain, images, labels), bad
+    pixels = images.numpy()
+    bad = decode_all(paths, size, pixels.__setitem__, skip=skip, workers=workers)
+    left_out = {i for i, _ in bad}
+    keep = [i for i in range(len(paths)) if i not in left_out]
+    return (images[torch.tensor(keep, dtype=torch.int64)] if bad else images), bad
 
 
-def _decode(path: Path, out: np.ndarray, size: int) -> str | None:
-    """Read one image into `out` uint8 (3, size, size); why it could not be, or None."""
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except Exception as error:  # Pillow's decoders raise many kinds for a broken file
-        return str(error).split("\n")[0] or type(error).__name__
-    out[:] = np.asarray(pixels).transpose(2, 0, 1)
-    return None
+class _Source:
+    """The files of a tree in a row, and the data set that their images make."""
 
+    def __init__(self, tree: Tree, root: Path, title: str) -> None:
+        self.tree, self.root, self.title = tree, root, title
+        self.paths = [p for part in tree.values() for files in part.values() for p in files]
 
-def _note(bad: list[Path], root: Path) -> str:
-    counts: dict[str, int] = defaultdict(int)
-    for path in bad:
-        counts[path.parent.parent.name] += 1
-    each = ", ".join(f"{domain} {n}" for domain, n in counts.items())
-    shown = [str(path.relative_to(root.expanduser())) for path in bad[:SHOWN]]
-    more = [f"{len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-    return f"left out {len(bad)} unreadable image(s) ({each}): {', '.join(shown + more)}"
+    def name(self, path: Path) -> str:
+        """Where a file lies below the root, with "/" between."""
+        return path.relative_to(self.root).as_posix()
+
+    def dataset(
+        self,
+        images: Tensor,
+        bad: Sequence[Bad],
+        notes: Sequence[str] = (),
+        content: str | None = None,
+    ) -> DomainDataset:
+        """`images` are those of all files but the bad ones, in order."""
+        left_out = {i for i, _ in bad}
+        domains, start, first = [], 0, 0
+        for domain, part in self.tree.items():
+            labels, files = [], []
+            for label, (name, paths) in enumerate(part.items()):
+                good = [p for i, p in enumerate(paths, start) if i not in left_out]
+                start += len(paths)
+                require(
+                    bool(good),
+                    f"none of the {len(paths)} images of class {name!r} of domain {domain!r} can "
+                    f"be read, so nothing is left of it; mend {paths[0].parent}",
+                )
+                labels += [label] * len(good)
+                files += [self.name(path) for path in good]
+            rows = slice(first, first := first + len(labels))
+            domains.append(Domain(domain, images[rows], torch.tensor(labels), tuple(files)))
+        classes = tuple(next(iter(self.tree.values())))
+        if bad:
+            notes = (*notes, self._note(sorted(left_out)))
+        return DomainDataset(self.title, tuple(domains), classes, tuple(notes), content=content)
+
+    def _note(self, bad: Sequence[int]) -> str:
+        counts: dict[str, int] = defaultdict(int)
+        owner = [d for d, part in self.tree.items() for files in part.values() for _ in files]
+        for i in bad:
+            counts[owner[i]] += 1
+        each = ", ".join(f"{domain} {n}" for domain, n in counts.items())
+        shown = [self.name(self.paths[i]) for i in bad[:SHOWN]]
+        more = [f"{len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        return f"left out {len(bad)} unreadable image(s) ({each}): {', '.join(shown + more)}"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dgavg.batch import Batch
 from dgavg.data.augment import AUGMENTATIONS
-from dgavg.data.domains import DomainDataset
+from dgavg.data.domains import DomainDataset, as_floats
 from dgavg.data.splits import Splits, seed_hash
+from dgavg.data.stream import Ahead, Images, ahead
 from dgavg.errors import require, unknown
 
 BLOCK = 64  # steps whose rows are drawn at once
@@ -23,8 +24,11 @@ class TrainingBatches:
 
     Rows are drawn uniformly with replacement, as DomainBed's `InfiniteDataLoader` does. Which rows
     make batch t follows from (seed, t) alone; with an augmentation the pixels do too, on one kind
-    of device. The global random state is neither read nor changed. The training parts of the
-    domains live on `device` as one uint8 tensor, so a batch is one gather.
+    of device. The global random state is neither read nor changed.
+
+    The training parts of the domains live on `device` in one tensor, so a batch is one gather, or
+    else a thread brings the next batches there: `resident` says which, and None measures what fits.
+    The batches are the same to the bit.
 
     `domains` is how many training domains there are, `names` are theirs, and `epoch_length` is how
     many steps show the smallest of them once: the least of `len(in) // batch_size`.
@@ -43,6 +47,7 @@ class TrainingBatches:
         seed: int,
         device: torch.device | str,
         augment: str = "none",
+        resident: bool | None = None,
     ) -> None:
         where = f"data set {dataset.name!r}"
         require(
@@ -70,19 +75,19 @@ class TrainingBatches:
         self.epoch_length = min(self._sizes) // batch_size
         self._batch_size, self._seed, self._device = batch_size, seed, torch.device(device)
 
-        shape = (sum(self._sizes), *dataset.input_shape)
-        self._images = torch.empty(shape, dtype=torch.uint8, device=self._device)
-        self._labels = torch.empty(shape[0], dtype=torch.int64, device=self._device)
-        start = 0
-        for i, size in zip(train_domains, self._sizes, strict=True):
-            source, keys = dataset.domains[i], torch.from_numpy(splits.in_[i])
-            self._images[start : start + size].copy_(source.images[keys])
-            self._labels[start : start + size].copy_(source.labels[keys])
-            start += size
+        keys = [torch.from_numpy(splits.in_[i]) for i in train_domains]
+        sources = [dataset.domains[i] for i in train_domains]
+        parts = [(source.images, k) for source, k in zip(sources, keys, strict=True)]
+        labels = [source.labels[k] for source, k in zip(sources, keys, strict=True)]
+        self._images = Images(parts, self._device, resident)
+        self._labels = torch.cat(labels).to(self._device)
         self._d = torch.arange(self.domains, device=self._device).repeat_interleave(batch_size)
 
         self._augment = None if augment == "none" else AUGMENTATIONS[augment]
         self._augment_rng = torch.Generator(self._device)
+        images, rows = self._images, _Rows(self._sizes, batch_size, seed)
+        self._draw = rows.block
+        self._ahead = Ahead(lambda t: images.gather(rows(t)))  # not of self: no cycle keeps it
         self._block = -1
         self._rows: tuple[Tensor, ...] = ()
 
@@ -90,12 +95,17 @@ class TrainingBatches:
         """Batch t ≥ 0: x float32 (domains · batch_size, C, H, W) in [0, 1], y and d int64."""
         block, step = divmod(t, BLOCK)
         if block != self._block:
-            self._rows, self._block = self._draw(block), block
+            self._rows, self._block = _to_device(self._draw(block), self._device).unbind(0), block
         rows = self._rows[step]
-        x = _floats(self._images.index_select(0, rows))
-        if self._augment is not None:
+        if self._images.resident:
+            images = self._images.take(rows)
+        else:
+            images = self._images.send(self._ahead(t))
+        if self._augment is None:
+            x = as_floats(images)
+        else:
             self._augment_rng.manual_seed(seed_hash("augment", self._seed, t))
-            x = self._augment(x, self._augment_rng)
+            x = self._augment(images, self._augment_rng)
         return Batch(x, self._labels.index_select(0, rows), self._d, self.domains)
 
     def pooled(self, batch_size: int) -> Iterator[Tensor]:
@@ -106,32 +116,51 @@ class TrainingBatches:
         differ in length by more than one: a plain mean over batches is then right for batch norm.
         """
         require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-        for rows in self._mixed.tensor_split(-(-len(self._mixed) // batch_size)):
-            yield _floats(self._images.index_select(0, rows))
+        parts = self._mixed.tensor_split(-(-len(self._mixed) // batch_size))
+        if self._images.resident:
+            yield from (as_floats(self._images.take(rows)) for rows in parts)
+        else:
+            for images in ahead(self._images.gather, parts):
+                yield as_floats(self._images.send(images))
 
     @cached_property
     def _mixed(self) -> Tensor:
-        """All rows (n,), domains evenly mixed, on the device."""
+        """All rows (n,), domains evenly mixed: on the device, if the images are."""
         rng = np.random.default_rng(0)
         # Image i of a shuffled domain of n stands at (i + 1/2) / n of the way through.
         place = np.concatenate([(rng.permutation(n) + 0.5) / n for n in self._sizes])
-        return torch.from_numpy(np.argsort(place, kind="stable")).to(self._device)
+        rows = torch.from_numpy(np.argsort(place, kind="stable"))
+        return rows.to(self._device) if self._images.resident else rows
 
-    def _draw(self, block: int) -> tuple[Tensor, ...]:
-        """The rows of each step of a block: BLOCK tensors (domains · batch_size,) on the device."""
-        rng = torch.Generator().manual_seed(seed_hash("batches", self._seed, block))
+
+class _Rows:
+    """Which rows make batch t; `sizes` says how many each domain has."""
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int) -> None:
+        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
+        self._last: tuple[int, Tensor] = -1, torch.empty(0)
+
+    def __call__(self, t: int) -> Tensor:
+        """The rows of batch t: (domains · batch_size,)."""
+        number, step = divmod(t, BLOCK)
+        last = self._last  # read once, for two threads ask
+        if last[0] != number:
+            self._last = last = number, self.block(number)
+        return last[1][step]
+
+    def block(self, number: int) -> Tensor:
+        """The rows of each step of a block: (BLOCK, domains · batch_size)."""
+        rng = torch.Generator().manual_seed(seed_hash("batches", self.seed, number))
         parts, start = [], 0
-        for size in self._sizes:
+        for size in self.sizes:
             parts.append(
-                torch.randint(start, start + size, (BLOCK, self._batch_size), generator=rng)
+                torch.randint(start, start + size, (BLOCK, self.batch_size), generator=rng)
             )
             start += size
-        rows = torch.cat(parts, dim=1)
-        if self._device.type == "cuda":  # pinned, so that the copy does not wait for the device
-            rows = rows.pin_memory()
-        return rows.to(self._device, non_blocking=True).unbind(0)
+        return torch.cat(parts, dim=1)
 
 
-def _floats(images: Tensor) -> Tensor:
-    """uint8 0..255 → float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the device
+        rows = rows.pin_memory()
+    return rows.to(device, non_blocking=True)

@@ -18,19 +18,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
 from dgavg.averaging.parameters import named_tensors, plain_names, same_values
+from dgavg.data.domains import as_floats
+from dgavg.data.stream import ahead
 from dgavg.errors import require
+from dgavg.evaluation.split import Split as Split
+from dgavg.evaluation.split import joined
 from dgavg.trainer import POLICIES, Candidate, Weights
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images and labels to score on.
-
-    Shapes: `images` uint8 (N, C, H, W), `labels` int64 (N,), both on the device of the model.
-    """
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,7 @@ class SplitScore:
 
 
 Found = dict[str, SplitScore]  # by split
+Plan = list[tuple[str, slice]]  # the rows of each split that make a batch
 
 
 class _Kept(NamedTuple):
@@ -170,7 +164,20 @@ class Scorer:
         return found.logsumexp(dim=0) - math.log(len(members))
 
     def _batches(self) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
-        """Full batches, over the borders of splits: how many rows of which, images, labels.
+        """Images that are not on the device are brought there while the batch before is scored."""
+        plans = list(self._plans())
+        held = all(split.resident for split in self.splits.values())
+        gathered = map(self._gather, plans) if held else ahead(self._gather, plans)
+        for plan, images in zip(plans, gathered, strict=True):
+            labels = torch.cat([self.splits[name].labels[rows] for name, rows in plan])
+            sizes = {name: rows.stop - rows.start for name, rows in plan}
+            yield sizes, as_floats(images.to(labels.device, non_blocking=True)), labels
+
+    def _gather(self, plan: Plan) -> Tensor:
+        return joined([self.splits[name].gather(rows) for name, rows in plan])
+
+    def _plans(self) -> Iterator[Plan]:
+        """Full batches, over the borders of splits: which rows of which splits.
 
         The held-out domain has batches of its own. A model whose predictions depend on the batch
         says so by `support`, a number of rows: its batches are of one split, so many rows each.
@@ -178,25 +185,24 @@ class Scorer:
         support = getattr(self.model, "support", None)
         if support is not None:
             for name, split in self.splits.items():
-                parts = (torch.split(rows, support) for rows in (split.images, split.labels))
-                for images, labels in zip(*parts, strict=True):
-                    yield _joined([(name, images, labels)])
+                n = len(split.labels)
+                yield from ([(name, slice(i, min(i + support, n)))] for i in range(0, n, support))
             return
         for held_out in (False, True):
-            left = self.batch_size
-            batch: list[tuple[str, Tensor, Tensor]] = []
+            left, batch = self.batch_size, []
             for name, split in self.splits.items():
-                start = 0 if (name in self.held_out) == held_out else len(split.labels)
-                while start < len(split.labels):
-                    rows = slice(start, start + left)
-                    batch.append((name, split.images[rows], split.labels[rows]))
-                    taken = len(batch[-1][2])
-                    start, left = start + taken, left - taken
+                n = len(split.labels)
+                start = 0 if (name in self.held_out) == held_out else n
+                while start < n:
+                    rows = slice(start, min(start + left, n))
+                    batch.append((name, rows))
+                    left -= rows.stop - rows.start
+                    start = rows.stop
                     if left == 0:
-                        yield _joined(batch)
-                        batch, left = [], self.batch_size
+                        yield batch
+                        left, batch = self.batch_size, []
             if batch:
-                yield _joined(batch)
+                yield batch
 
     def _twins_of(self, candidates: Mapping[str, Candidate]) -> dict[str, list[nn.Module]]:
         places = itertools.count()
@@ -242,14 +248,6 @@ class Scorer:
             for images in self.pooled():
                 for twin in twins:
                     self.forward(twin, images)
-
-
-def _joined(
-    batch: list[tuple[str, Tensor, Tensor]],
-) -> tuple[dict[str, int], Tensor, Tensor]:
-    sizes = {name: len(labels) for name, _, labels in batch}
-    images, labels = (torch.cat(parts) for parts in list(zip(*batch, strict=True))[1:])
-    return sizes, images.float().div_(255), labels
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ import torchvision.transforms.functional as tvf
 
 from dgavg.data import augment
 from dgavg.data.augment import AUGMENTATIONS, TRIES, crop_and_flip, crop_boxes, domainbed
+from dgavg.data.domains import as_floats
 
 
 def generator(seed=0):
@@ -66,10 +67,10 @@ def test_crop_and_flip_are_torchvisions(shape):
 @pytest.mark.parametrize(
     ("mine", "theirs", "factors"),
     [
-        (augment.adjust_brightness, tvf.adjust_brightness, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
-        (augment.adjust_contrast, tvf.adjust_contrast, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
-        (augment.adjust_saturation, tvf.adjust_saturation, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
-        (augment.adjust_hue, tvf.adjust_hue, [-0.3, -0.1, 0.0, 0.1, 0.3, 0.25]),
+        (augment.adjust_brightness_, tvf.adjust_brightness, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
+        (augment.adjust_contrast_, tvf.adjust_contrast, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
+        (augment.adjust_saturation_, tvf.adjust_saturation, [0.7, 0.9, 1.0, 1.1, 1.3, 1.25]),
+        (augment.adjust_hue_, tvf.adjust_hue, [-1 / 3, -0.1, 0.0, 0.1, 1 / 3, 0.25]),
     ],
 )
 def test_colour_changes_are_torchvisions(mine, theirs, factors):
@@ -78,7 +79,7 @@ def test_colour_changes_are_torchvisions(mine, theirs, factors):
     x[1, :, :2] = 1.0
     x[2, :, :2] = 0.5
     x[3] = (x[3] > 0.5).float()
-    out = mine(x, torch.tensor(factors))
+    out = mine(x.clone(), torch.tensor(factors))
     expected = torch.stack([theirs(image, f) for image, f in zip(x, factors, strict=True)])
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
 
@@ -168,10 +169,10 @@ def draws(name, monkeypatch, n=4000, seeds=10):
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
-        ("adjust_brightness", 0.7, 1.3),
-        ("adjust_contrast", 0.7, 1.3),
-        ("adjust_saturation", 0.7, 1.3),
-        ("adjust_hue", -0.3, 0.3),
+        ("adjust_brightness_", 0.7, 1.3),
+        ("adjust_contrast_", 0.7, 1.3),
+        ("adjust_saturation_", 0.7, 1.3),
+        ("adjust_hue_", -0.3, 0.3),
     ],
 )
 def test_factors_are_uniform(monkeypatch, name, low, high):
@@ -183,7 +184,7 @@ def test_factors_are_uniform(monkeypatch, name, low, high):
 
 
 def test_factors_are_independent(monkeypatch):
-    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+    names = ("adjust_brightness_", "adjust_contrast_", "adjust_saturation_", "adjust_hue_")
     factors = torch.stack([draws(name, monkeypatch) for name in names])
     off_diagonal = torch.corrcoef(factors) - torch.eye(4)
     assert off_diagonal.abs().max() < 0.03
@@ -206,7 +207,7 @@ def test_flip_rate_and_grayscale_rate():
 
 def test_every_order_of_the_colour_changes_occurs(monkeypatch):
     orders, current = {}, []
-    for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue"):
+    for name in ("adjust_brightness_", "adjust_contrast_", "adjust_saturation_", "adjust_hue_"):
 
         def record(x, factor, name=name):
             current.append(name)
@@ -266,3 +267,48 @@ def test_whole_pipeline_has_torchvisions_moments():
     error = theirs.std(0) * (1 / 800 + 1 / 4000) ** 0.5
     assert ((mine.mean(0) - theirs.mean(0)).abs() / error).max() < 5
     assert ((mine.std(0) / theirs.std(0)) - 1).abs().mean() < 0.05
+
+
+# How it is computed.
+
+
+def bytes_of(n=7, height=20, width=20):
+    return (pictures(n, height=height, width=width) * 255).round().to(torch.uint8)
+
+
+def test_bytes_are_augmented_as_the_floats_they_stand_for():
+    x = bytes_of()
+    assert torch.equal(domainbed(x, generator()), domainbed(as_floats(x), generator()))
+    assert torch.equal(AUGMENTATIONS["none"](x, generator()), as_floats(x))
+
+
+@pytest.mark.parametrize("pixels", [1, 900, 10**9])
+@pytest.mark.parametrize("large", [1, 10**9])
+def test_how_many_at_once_makes_no_difference(monkeypatch, pixels, large):
+    monkeypatch.setattr(augment, "LARGE", large)
+    x = bytes_of()
+    expected = [domainbed(x, generator(seed)) for seed in range(4)]
+    monkeypatch.setattr(augment, "PIXELS", pixels)
+    for seed in range(4):
+        assert torch.equal(domainbed(x, generator(seed)), expected[seed])
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (16, 24)])
+def test_large_images_are_cropped_as_small_ones_are(monkeypatch, shape):
+    """And as a GPU crops all: by `grid_sample`, which runs here too."""
+    height, width = shape
+    x = pictures(40, 3, height, width)
+    u = torch.rand(2 * TRIES + 3, 40, generator=generator())
+    boxes = crop_boxes(u[:TRIES], u[TRIES : 2 * TRIES], *u[-3:-1], height, width)
+    small = crop_and_flip(x, *boxes, u[-1] < 0.5)
+    monkeypatch.setattr(augment, "LARGE", height * width)
+    monkeypatch.setattr(augment, "_sample", None)
+    large = crop_and_flip(x, *boxes, u[-1] < 0.5)
+    torch.testing.assert_close(large, small, atol=2e-5, rtol=0)
+
+
+def test_what_is_augmented_can_be_trained_on():
+    x = domainbed(bytes_of(), generator()).requires_grad_()
+    (x.square().sum()).backward()
+    assert torch.equal(x.grad, 2 * x)
+    assert not x.is_inference()

@@ -8,8 +8,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Resize
 
+from dgavg.data import decode as decoding
 from dgavg.data import folder as module
 from dgavg.data import load
+from dgavg.data.folder import load_tree
+from dgavg.errors import UserError
 
 TREE = {
     "sketch": {"dog": ["a.png"], "cat": ["b.png"]},
@@ -82,14 +85,14 @@ def test_workers_do_not_change_what_is_read(write_tree):
 def test_workers_are_threads(write_tree, monkeypatch):
     root, asked = write_tree(TREE), []
 
-    class Pool(module.ThreadPoolExecutor):
+    class Pool(decoding.ThreadPoolExecutor):
         def __init__(self, workers):
             asked.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
-    load("folder", root=root)
-    load("folder", root=root, workers=3)
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", Pool)
+    load("folder", root=root, cache="none")
+    load("folder", root=root, workers=3, cache="none")
     assert asked == [os.cpu_count(), 3]
 
 
@@ -143,6 +146,8 @@ def test_bad_settings(write_tree, refuses):
     with refuses("data.workers=-1"):
         load("folder", root=root, workers=-1)
     with refuses("data.size=1000000", "GiB", "smaller"):
+        load("folder", root=root, size=1_000_000, cache="none")
+    with refuses(str(root), "GiB", "smaller data.size"):
         load("folder", root=root, size=1_000_000)
 
 
@@ -166,13 +171,13 @@ def test_the_rest_is_not_decoded_after_an_error(write_tree, refuses, monkeypatch
         {**TREE, "photo": {"dog": [f"{i:03}.png" for i in range(300)], "cat": ["a.png"]}}
     )
     truncate(root / "photo" / "cat" / "a.png")
-    decoded, decode = [], module._decode
+    decoded, decode = [], decoding.decode
 
-    def count(path, out, size):
+    def count(path, out):
         decoded.append(path)
-        return decode(path, out, size)
+        return decode(path, out)
 
-    monkeypatch.setattr(module, "_decode", count)
+    monkeypatch.setattr(decoding, "decode", count)
     with refuses("a.png"):
         load("folder", root=root, workers=1)
     assert len(decoded) < 250
@@ -211,12 +216,45 @@ def test_real_pacs(real_data, refuses):
 
 
 @pytest.mark.slow
-def test_real_pacs_is_what_image_folder_reads(real_data):
+def test_real_pacs_is_what_image_folder_reads(real_data, tmp_path):
     root = real_data / "PACS"
     domains = ["art_painting", "cartoon", "photo", "sketch"]
-    data = load("folder", root=root, domains=domains, size=32, title="pacs")
+    place = str(tmp_path)  # real data are left as they are
+    data = load("folder", root=root, domains=domains, size=32, title="pacs", cache=place)
     assert [len(domain) for domain in data.domains] == [2048, 2344, 1670, 3929]
     assert data.classes == ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
     images, labels, _ = as_image_folder(root / "photo", 32)
     assert torch.equal(data.domains[2].images, images)
     assert data.domains[2].labels.tolist() == labels
+
+
+def test_a_check_sees_the_tree_and_may_change_it(write_tree, refuses):
+    root, seen = write_tree(TREE), []
+
+    def check(tree):
+        seen.append({domain: list(part) for domain, part in tree.items()})
+        tree["photo"]["dog"] = tree["photo"]["dog"][:1]
+        return {"sketch": tree["sketch"], "Photo": tree["photo"]}, ["two are known twice"]
+
+    data = load_tree(root, size=7, tree_check=check)
+    assert seen == [{"photo": ["cat", "dog"], "sketch": ["cat", "dog"]}]
+    assert data.names == ("sketch", "Photo")
+    assert data.notes == ("two are known twice",)
+    assert data.domains[1].files == ("photo/cat/x.bmp", "photo/cat/y.jpeg", "photo/dog/1.JPG")
+    assert data.domains[1].labels.tolist() == [0, 0, 1]
+    assert not (root / "none").exists()
+
+    def refuse(tree):
+        raise UserError("too few")
+
+    with refuses("too few"):
+        load_tree(root, size=8, tree_check=refuse)
+    assert len(list((root / ".dgavg-cache").glob("*.images"))) == 1
+
+
+def test_a_tilde_is_the_home(write_tree, monkeypatch):
+    root = write_tree(TREE)
+    monkeypatch.setenv("HOME", str(root.parent))
+    data = load("folder", root="~/tree", cache="~/decoded")
+    assert data.names == ("photo", "sketch")
+    assert (root.parent / "decoded").is_dir()

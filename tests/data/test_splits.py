@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from dgavg.data import make_splits, seed_hash, split_keys
+from dgavg.data import Splits, make_splits, seed_hash, split_keys
 
 
 def test_seed_hash_is_domainbeds():
@@ -63,3 +65,49 @@ def test_a_fraction_of_0_holds_nothing_out(make_data):
 def test_refuses_an_empty_part(make_data, refuses):
     with refuses("the 3 images of domain 'domain1'", "0 for validation and 3 for training"):
         make_splits(make_data([50, 3]), 0.2, 0)
+
+
+def with_official(data):
+    """The data set with lists: the first image out, the second in neither part."""
+    sizes = [len(domain) for domain in data.domains]
+    official = Splits(
+        out=tuple(np.array([0]) for _ in sizes),
+        in_=tuple(np.arange(2, n) for n in sizes),
+        test=tuple(np.arange(n) for n in sizes),
+    )
+    return replace(data, official=official), official
+
+
+def test_official_splits_are_the_data_sets_own(make_data):
+    data, official = with_official(make_data([5, 6]))
+    assert make_splits(data, 0.2, 0, kind="official") is official
+    assert make_splits(data, 0.3, 7, kind="official") is official
+    drawn = make_splits(data, 0.2, 0)
+    assert drawn.test is None
+    assert drawn.fingerprint() == make_splits(make_data([5, 6]), 0.2, 0, "domainbed").fingerprint()
+
+
+def test_refuses_other_kinds_of_splits(make_data, refuses):
+    data, _ = with_official(make_data([5, 6]))
+    with refuses("no protocol.splits 'offical'", "did you mean 'official'", "domainbed, official"):
+        make_splits(data, 0.2, 0, "offical")
+    with refuses("data set 'toy' has no official splits", "write protocol.splits=domainbed"):
+        make_splits(make_data([5, 6]), 0.2, 0, "official")
+    with refuses("protocol.holdout_fraction=0", "write protocol.splits=domainbed"):
+        make_splits(data, 0, 0, "official")
+
+
+def test_equal_splits_have_one_fingerprint(make_data):
+    data, official = with_official(make_data([5, 6]))
+    again = with_official(make_data([5, 6]))[1]
+    assert official.fingerprint() == again.fingerprint()
+    whole = official.test
+    others = [
+        replace(official, test=None),
+        replace(official, in_=whole),
+        replace(official, out=whole),
+        replace(official, in_=official.out, out=official.in_),
+        make_splits(data, 0.2, 0),
+    ]
+    prints = {splits.fingerprint() for splits in [official, *others]}
+    assert len(prints) == 6

@@ -8,7 +8,7 @@ import pytest
 
 from dgavg import UserError
 from dgavg.evaluation import selected_step
-from dgavg.evaluation.selection import validation_score
+from dgavg.evaluation.selection import compared, validation_score
 
 
 def record(held_out="c", **candidates):
@@ -33,7 +33,7 @@ def test_validation_takes_the_best_mean_over_training_domains():
     assert selected_step(records, "live", "validation") == 1
 
 
-@pytest.mark.parametrize("rule", ["validation", "oracle"])
+@pytest.mark.parametrize("rule", ["validation", "oracle_best"])
 def test_the_first_of_ties_is_taken(rule):
     records = [record(live=(0.1, 0.1, 0.1)), *[record(live=(0.5, 0.5, 0.5)) for _ in range(3)]]
     assert selected_step(records, "live", rule) == 1
@@ -60,9 +60,57 @@ def test_the_last_rule_takes_the_last_record_of_the_candidate():
     assert selected_step(records, "ema", "last") == 0
 
 
-def test_the_oracle_reads_the_held_out_domain():
-    records = [record(live=(0.9, 0.9, 0.1)), record(live=(0.1, 0.1, 0.9))]
-    assert selected_step(records, "live", "oracle") == 1
+def test_the_best_oracle_reads_the_held_out_domain():
+    records = [record(live=(0.9, 0.9, 0.1)), record(live=(0.1, 0.1, 0.2)), record(live=(1, 1, 0.1))]
+    assert selected_step(records, "live", "oracle_best") == 1
+
+
+def test_the_oracle_never_stops_early_and_goes_by_the_held_out_domain():
+    records = [record(live=(0.9, 0.9, 0.8)), record(live=(0.1, 0.1, 0.2))]
+    assert compared(records, "live", "oracle") == {1: 0.2}
+
+
+def test_the_last_rule_goes_by_validation_if_there_is_any():
+    assert compared([record(live=(0.2, 0.4))], "live", "last") == {0: pytest.approx(0.3)}
+    assert math.isnan(compared([record(live=())], "live", "last")[0])
+
+
+def test_the_other_domain_that_a_run_left_out_is_no_validation_data():
+    both = {**record(live=(0.2, 0.8)), "held_out_with": "b"}
+    assert compared([both], "live", "validation") == {0: 0.2}
+
+
+def left_out_too(step, accuracy, other, held_out="c"):
+    """A record of the run that left `held_out` and `other` out, and what it has on `other`."""
+    splits = {f"{other}/in": {"accuracy": accuracy}, "c/in": {"accuracy": 1.0}}
+    names = {"held_out": held_out, "held_out_with": other}
+    return {**names, "step": step, "candidates": {"live": {"splits": splits}}}
+
+
+RUN = [{**record(live=(0.9, 0.9)), "step": 10}, {**record(live=(0.1, 0.1)), "step": 20}]
+PAIRS = {
+    "a": [left_out_too(10, 0.4, "a"), left_out_too(20, 0.6, "a")],
+    "b": [left_out_too(10, 0.5, "b"), left_out_too(20, 0.5, "b")],
+}
+
+
+def test_cross_validation_takes_the_mean_over_each_other_domain_step_by_step():
+    found = compared(RUN, "live", "loo", PAIRS)
+    assert found == {0: pytest.approx(0.45), 1: pytest.approx(0.55)}
+    assert selected_step(RUN, "live", "loo", PAIRS) == 1
+
+
+@pytest.mark.parametrize(
+    "pairs", [{}, {"a": PAIRS["a"]}, {"a": PAIRS["a"], "b": []}], ids=["none", "one", "no record"]
+)
+def test_without_a_run_for_each_other_domain_cross_validation_selects_nothing(pairs):
+    assert selected_step(RUN, "live", "loo", pairs) is None
+
+
+def test_a_step_that_a_run_of_two_domains_lacks_is_passed_over():
+    assert selected_step(RUN, "live", "loo", {**PAIRS, "b": PAIRS["b"][:1]}) == 0
+    twice = {**PAIRS, "b": [*PAIRS["b"], PAIRS["b"][1]]}
+    assert selected_step(RUN, "live", "loo", twice) == 0
 
 
 def test_the_oracle_is_refused_where_the_held_out_domain_was_not_scored():
