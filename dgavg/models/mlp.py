@@ -7,7 +7,7 @@ from math import prod
 from torch import nn
 
 from dgavg.errors import require
-from dgavg.models.model import Model
+from dgavg.models.model import Model, check_dropout
 from dgavg.models.registry import model
 
 
@@ -30,7 +30,7 @@ def mlp(
     """
     require(width >= 1, f"model.width={width} is too small for model mlp; write 1 or more")
     require(depth >= 0, f"model.depth={depth} is too small for model mlp; write 0 or more")
-    require(0 <= dropout < 1, f"model.dropout={dropout} is outside [0, 1); write 0 for none")
+    check_dropout(dropout)
     layers: list[nn.Module] = [nn.Flatten()]
     features = prod(input_shape)
     for _ in range(depth):

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dgavg.errors import require
 
 
 class Model(nn.Module):
@@ -53,15 +56,59 @@ class Normalize(nn.Module):
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
 
 
-def normalized(backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """`backbone` behind a `Normalize` layer, or alone where mean is 0 and std is 1."""
-    if all(m == 0 for m in mean) and all(s == 1 for s in std):
-        return backbone
-    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), backbone=backbone))
+class Featurizer(nn.Sequential):
+    """`normalize`, `backbone` and `dropout`, the first and last only where they do something.
+
+    So the names in the state dict are the backbone's own behind `backbone.`, whatever the
+    normalisation and the dropout, which acts on the features.
+
+    With `freeze_bn` the backbone's batch-norm layers stay in evaluation mode, also after `train()`:
+    they normalise by the running statistics they came with, which never move, while their scale
+    and shift are trained. As DomainBed's `freeze_bn` (Gulrajani and Lopez-Paz 2020, arXiv
+    2007.01434, `domainbed/networks.py`). Layers that are put into it later are not frozen.
+
+    Raises:
+        UserError: a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        freeze_bn: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        check_dropout(dropout)
+        parts: dict[str, nn.Module] = {}
+        if any(m != 0 for m in mean) or any(s != 1 for s in std):
+            parts["normalize"] = Normalize(mean, std)
+        parts["backbone"] = backbone
+        if dropout > 0:
+            parts["dropout"] = nn.Dropout(dropout)
+        super().__init__(OrderedDict(parts))
+        for layer in backbone.modules():
+            if freeze_bn and isinstance(layer, _BatchNorm):
+                layer.frozen = True  # type: ignore[assignment]  # a plain attribute, copied with it
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Featurizer:
+        """Training or evaluation mode for all but frozen layers, which stay in evaluation mode."""
+        super().train(mode)
+        for layer in self.modules():
+            if getattr(layer, "frozen", False):
+                layer.training = False
+        return self
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise `UserError` for a share of features that can't be dropped."""
+    require(0 <= dropout < 1, f"model.dropout={dropout} is outside [0, 1); write 0 for none")
 
 
 def backbone_of(featurizer: nn.Module) -> nn.Module:
-    """The part of a featurizer that has weights: what `normalized` was given."""
-    if isinstance(featurizer, nn.Sequential) and hasattr(featurizer, "normalize"):
-        return featurizer.get_submodule("backbone")
-    return featurizer
+    """The part of a featurizer that has weights."""
+    return (
+        featurizer.get_submodule("backbone") if isinstance(featurizer, Featurizer) else featurizer
+    )

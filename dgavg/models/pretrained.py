@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dgavg.errors import UserError, require
 from dgavg.models.model import Model, backbone_of
 
-HEADS = ("fc.", "classifier.", "head.", "head_dist.", "last_linear.")
+HEADS = ("fc.", "classifier.", "head.", "heads.", "head_dist.", "last_linear.")
 """Where libraries keep the ImageNet classifier; ours has other classes, so theirs is left out."""
 
-NESTED = ("state_dict", "model")
+DOMAINBED = "model_dict"
+NESTED = ("state_dict", "model", DOMAINBED)
 """The keys under which training scripts save a state dict beside other things."""
 
 
@@ -28,9 +30,10 @@ def load_weights(
     Args:
         model_part: a `Model`, its featurizer, or a bare backbone; written in place, so whatever
             shares its tensors sees the weights too.
-        path: safetensors, or a state dict saved by torch (also one under "state_dict" or "model").
-            Its names are a library's, or those of a whole `Model` (`featurizer.*`, `classifier.*`).
-            Leading `module.` and `_orig_mod.` are dropped.
+        path: safetensors, or a state dict saved by torch (also one under "state_dict" or "model",
+            and DomainBed's `model.pkl`: its featurizer and classifier). Its names are a library's,
+            or those of a whole `Model` (`featurizer.*`, `classifier.*`). Leading `module.` and
+            `_orig_mod.` are dropped.
         first_conv: the layers that read the image. Where theirs takes three channels and ours C,
             each of ours gets the mean over the three times 3 / C: an image with equal channels
             gives what the same grey RGB image gives.
@@ -39,7 +42,7 @@ def load_weights(
 
     Raises:
         UserError: the file is not there, is truncated, holds code or no weights, or has missing,
-            unexpected or wrongly shaped tensors.
+            unexpected or wrongly shaped tensors, or numbers that are not finite.
     """
     fit_weights(model_part, read_weights(path), str(path), first_conv)
 
@@ -66,6 +69,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
+            content = _from_domainbed(content) if key == DOMAINBED else content
     require(
         isinstance(content, Mapping)
         and len(content) > 0
@@ -94,7 +98,8 @@ def fit_weights(
         source: where `state` comes from, for the error.
 
     Raises:
-        UserError: missing, unexpected or wrongly shaped tensors; the first of each are named.
+        UserError: missing, unexpected or wrongly shaped tensors, or numbers that are not finite;
+            the first of each are named.
     """
     target, state = _counterparts(model_part, state, first_conv)
     missing = [n for n in target if n not in state and not n.endswith("num_batches_tracked")]
@@ -105,6 +110,8 @@ def fit_weights(
         if n in state and state[n].shape != target[n].shape
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    broken = [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    found["with numbers that are not finite"] = broken
     problems = [f"{len(n)} {kind} ({_first(n)})" for kind, n in found.items() if n]
     if problems:
         raise UserError(
@@ -136,7 +143,32 @@ def _read(file: Path) -> Any:
         return load_file(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an odd pickle protocol, before the error about it
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numbers()):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _numbers() -> list[Any]:
+    """What NumPy's numbers are pickled by, under its names of now and before 2.0.
+
+    Scripts save the settings of a run beside its weights, and those may be such numbers.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    return [np.dtype, *kinds, *((scalar, name) for name in names)]
+
+
+def _from_domainbed(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Featurizer and classifier of a DomainBed algorithm, under the names of a `Model`.
+
+    It saves them twice, the second time as `network.*`, and beside them what an algorithm trains.
+    """
+    theirs, ours = "featurizer.network.", "featurizer.backbone."
+    return {
+        ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and name.startswith(("featurizer.", "classifier."))
+    }
 
 
 def _counterparts(

@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dgavg.models import MODELS, Model, Normalize, build_model
-from dgavg.models.model import backbone_of, normalized
+from dgavg.models import MODELS, Featurizer, Model, Normalize, build_model
+from dgavg.models.model import backbone_of
 
-SETTINGS = {"timm": {"backbone": "tf_efficientnet_lite0"}}
+SETTINGS = {
+    "timm": {"backbone": "tf_efficientnet_lite0"},
+    "torchvision": {"backbone": "shufflenet_v2_x0_5"},
+    "domainbed": {"weights": None, "resnet18": True},
+}
 SMALL = [name for name in MODELS if name != "resnet50"]
+FROZEN = "domainbed"  # its batch norm is, by default
 
 
 def build(name: str, channels: int = 3, size: int = 32, classes: int = 5) -> Model:
@@ -53,12 +58,14 @@ def test_normalisation_by_zero_and_one_adds_no_layer(
     mean: tuple[float, ...], std: tuple[float, ...], layers: int
 ) -> None:
     backbone = nn.Conv2d(2, 2, 1)
-    net = normalized(backbone, mean, std)
+    net = Featurizer(backbone, mean, std)
     assert sum(isinstance(m, Normalize) for m in net.modules()) == layers
-    assert (net is backbone) == (layers == 0)
+    assert len(list(net.children())) == 1 + layers
+    assert list(net.state_dict()) == ["backbone.weight", "backbone.bias"]
     assert backbone_of(net) is backbone
     if layers:
         assert isinstance(next(net.children()), Normalize)
+    assert backbone_of(backbone) is backbone
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
@@ -67,7 +74,8 @@ def test_eight_rows_of_any_channels_train(name: str, channels: int) -> None:
     net = build(name, channels)
     x = torch.rand(8, channels, 32, 32)
     assert net.training
-    assert all(m.training for m in net.modules())
+    if name != FROZEN:
+        assert all(m.training for m in net.modules())
     features = net.featurizer(x)
     assert features.ndim == 2
     assert features.shape[1] == net.classifier.in_features

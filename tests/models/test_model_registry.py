@@ -4,14 +4,24 @@ import inspect
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from dgavg.config import CONF
 from dgavg.errors import UserError
 from dgavg.models import MODELS, Model, build_model, model
 from dgavg.settings import keyword_settings
 
 
 def test_the_models_and_their_summaries() -> None:
-    assert list(MODELS) == ["cnn", "mlp", "resnet18", "resnet50", "timm"]
+    assert list(MODELS) == [
+        "cnn",
+        "timm",
+        "torchvision",
+        "domainbed",
+        "mlp",
+        "resnet18",
+        "resnet50",
+    ]
     for builder in MODELS.values():
         assert builder.__doc__
         summary = builder.__doc__.splitlines()[0]
@@ -28,9 +38,20 @@ def test_settings_have_types_and_defaults() -> None:
         "batchnorm": (bool, True),
         "dropout": (float, 0.0),
     }
-    weights = (str | None, None)
-    assert found["resnet18"] == found["resnet50"] == {"weights": weights}
-    assert found["timm"] == {"backbone": (str, inspect.Parameter.empty), "weights": weights}
+    shared = {
+        "weights": (str | None, None),
+        "freeze_bn": (bool, False),
+        "dropout": (float, 0.0),
+    }
+    assert found["resnet18"] == found["resnet50"] == shared
+    named = {"backbone": (str, inspect.Parameter.empty), **shared}
+    assert found["timm"] == found["torchvision"] == named
+    assert found["domainbed"] == {
+        "weights": (str | None, "IMAGENET1K_V1"),
+        "freeze_bn": (bool, True),
+        "dropout": (float, 0.0),
+        "resnet18": (bool, False),
+    }
     with pytest.raises(UserError, match="no model 'cn'"):
         build_model("cn", (1, 8, 8), 3)
 
@@ -54,13 +75,21 @@ def test_an_added_model_gets_sizes_and_settings(monkeypatch: pytest.MonkeyPatch)
     assert MODELS["gone"] is build
 
 
+@pytest.mark.parametrize("name", ["domainbed", "resnet18", "resnet50", "timm", "torchvision"])
+def test_the_config_files_have_every_setting_and_its_default(name: str) -> None:
+    file = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    defaults = {k: default for k, (_, default) in keyword_settings(MODELS[name]).items()}
+    required = {k: "???" for k, v in defaults.items() if v is inspect.Parameter.empty}
+    assert file == {"name": name, **defaults, **required}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
         (
             "resnet81",
             {},
-            r"^no model 'resnet81'; did you mean 'resnet18'\? Known: cnn, mlp, resnet18, .*timm$",
+            r"^no model 'resnet81'; did you mean 'resnet18'\? Known: cnn, timm, .*resnet50$",
         ),
         (
             "mlp",
@@ -78,6 +107,9 @@ def test_an_added_model_gets_sizes_and_settings(monkeypatch: pytest.MonkeyPatch)
         ("mlp", {"depth": -1}, r"^model\.depth=-1 .*write 0 or more"),
         ("mlp", {"dropout": 1.0}, r"^model\.dropout=1\.0 is outside \[0, 1\)"),
         ("mlp", {"dropout": -0.1}, r"^model\.dropout=-0\.1 is outside"),
+        ("resnet18", {"dropout": 1.0}, r"^model\.dropout=1\.0 is outside \[0, 1\)"),
+        ("resnet18", {"freeze_bn": 1}, r"model\.freeze_bn=1 must be true or false"),
+        ("torchvision", {}, r"^model torchvision: model\.backbone is missing: set it to a text$"),
     ],
 )
 def test_a_wrong_name_or_setting_is_one_line(

@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgavg.errors import UserError
-from dgavg.models import Model, build_model, load_weights
-from dgavg.models.model import normalized
+from dgavg.models import Featurizer, Model, build_model, load_weights
 
 
 class Backbone(nn.Module):
@@ -28,7 +27,7 @@ class Backbone(nn.Module):
 
 def whole(channels: int = 3, classes: int = 2) -> Model:
     mean = [0.5] * channels
-    return Model(normalized(Backbone(channels), mean, mean), nn.Linear(4, classes))
+    return Model(Featurizer(Backbone(channels), mean, mean), nn.Linear(4, classes))
 
 
 def library(seed: int = 7) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dgavg.averaging import recalibrate_batchnorm
 from dgavg.errors import UserError
 from dgavg.models import Normalize, build_model
 from dgavg.models.model import backbone_of
@@ -180,3 +181,39 @@ def test_real_photos_lie_near_the_stored_features_of_their_class() -> None:
     with torch.no_grad():
         nearest = (nn.functional.normalize(net.featurizer(x)) @ means.T).argmax(1)
     assert (nearest == y).float().mean() > 0.85  # chance: 0.14
+
+
+@pytest.mark.slow
+@real_weights
+@pytest.mark.skipif(not PHOTO.is_dir(), reason="no PACS under DGAVG_TEST_DATA")
+@pytest.mark.parametrize(("weights", "least", "most"), [(WEIGHTS, 0.9, 1.0), (None, 0.0, 0.5)])
+def test_real_weights_know_photos_and_random_ones_do_not(
+    weights: Path | None, least: float, most: float
+) -> None:
+    """Nearest class means of 30 photos a class, on 30 others: chance is 0.14."""
+    torch.manual_seed(0)
+    net = build_model("timm", (3, 112, 112), 7, backbone=LITE, weights=weights)
+    by_class = []
+    for folder in sorted(PHOTO.iterdir()):
+        pixels = [np.asarray(Image.open(f).convert("RGB")) for f in sorted(folder.iterdir())[:60]]
+        by_class.append(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255)
+    if weights is None:  # with the statistics of a new model its features would vanish
+        recalibrate_batchnorm(net, [torch.cat([x[:20] for x in by_class])])
+    net.eval()
+    with torch.no_grad():
+        stacked = nn.functional.normalize(torch.stack([net.featurizer(x) for x in by_class]), dim=2)
+    means = nn.functional.normalize(stacked[:, :30].mean(1))
+    nearest = (stacked[:, 30:] @ means.T).argmax(2)
+    accuracy = (nearest == torch.arange(7)[:, None]).float().mean()
+    assert least < accuracy < most
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_that_do_not_fit_name_the_first_tensors(nested: bool, tmp_path: Path) -> None:
+    state = timm.create_model("resnet10t").state_dict()
+    state["extra.weight"] = torch.rand(2)
+    del state["layer1.0.conv2.weight"]
+    torch.save({"model": state} if nested else state, tmp_path / "w.pt")
+    message = r"1 missing \(layer1\.0\.conv2\.weight\), 1 unexpected \(extra\.weight\); nothing"
+    with pytest.raises(UserError, match=message):
+        build_model("timm", (3, 32, 32), 2, backbone="resnet10t", weights=str(tmp_path / "w.pt"))
