@@ -7,20 +7,23 @@ import torch
 from links import ACTING
 
 from dgavg import UserError, cli
+from dgavg.data import DATASETS
 
 TRAINERS = ", ".join(sorted(ACTING))
 SETTINGS = (
-    "trainer, data, model, optimizer, protocol, stopping, holdout, seeds, init_seed, device, "
-    "precision, threads, evaluate, eval_batch_size, logger, runs, name"
+    "trainer, data, model, optimizer, protocol, stopping, search, hparams_seed, holdout, seeds, "
+    "init_seed, device, precision, threads, evaluate, eval_batch_size, also_batchnorm, logger, "
+    "runs, name"
 )
+COMMANDS = "list, report, soup, ensemble, predict, export, features, domainbed"
 USE = "settings are SETTING=VALUE, see dgavg --help"
 
 NAMES = {
     "trainer=ema_bsic": f"no trainer 'bsic' in 'ema_bsic'; did you mean 'basic'? Known: {TRAINERS}",
     "data=digits_rotatd": "no data set 'digits_rotatd'; did you mean 'digits_rotated'? Known: "
-    "colored_mnist, digits, digits_rotated, folder, rotated_mnist",
-    "model=resnet19": "no model 'resnet19'; did you mean 'resnet18'? Known: cnn, mlp, resnet18, "
-    "resnet50, timm",
+    + ", ".join(sorted(DATASETS)),
+    "model=resnet19": "no model 'resnet19'; did you mean 'resnet18'? Known: cnn, "
+    "domainbed, mlp, resnet18, resnet50, timm, torchvision",
     "optimizer=adm": "no optimizer 'adm'; did you mean 'adam'? Known: adam, adamw, sgd",
     "protocol=quik": "no protocol 'quik'; did you mean 'quick'? Known: ",
     "holdout=[0,46]": "no domain '46' in data set 'digits_rotated'; did you mean '60'? Known: "
@@ -31,7 +34,7 @@ NAMES = {
     "decay, half_life, warmup, gamma, power, min_decay, start, every, batchnorm",
     "trainer.irm.weight=1": "no trainer 'irm' in the chain 'ema_basic'; Known: ema, basic",
     "protocol.stpes=3": "no setting 'stpes' in protocol; did you mean 'steps'? Known: name, steps, "
-    "batch_size, eval_every, holdout_fraction, test_split, selection, augment",
+    "batch_size, eval_every, first_eval, holdout_fraction, test_split, selection, augment, splits",
     "+data.sise=8": "no setting 'sise' in data; did you mean 'size'? Known: angles, size, "
     "shuffle_seed",
     "+model.wdth=8": "model mlp: no setting 'wdth' in model; did you mean 'width'? Known: width, "
@@ -54,7 +57,15 @@ VALUES = {
     "protocol.holdout_fraction=2": "protocol.holdout_fraction=2.0 must lie between 0 and 1; "
     "DomainBed has 0.2",
     "protocol.selection=orakel": "protocol.selection=orakel: choose one of validation, last, "
-    "oracle",
+    "loo, oracle, oracle_best",
+    "protocol.splits=mine": "protocol.splits=mine: choose one of domainbed, official",
+    "protocol.splits=official": "data set 'digits_rotated' has no official splits here "
+    "(data=pacs takes them from data.lists=FOLDER); write protocol.splits=domainbed",
+    "protocol.first_eval=0": "protocol.first_eval=0: at least 1, or null",
+    "hparams_seed=1": "hparams_seed=1: protocol 'quick' has no search space; write "
+    "hparams_seed=0, or search=NAME, such as search=domainbed2020",
+    "also_batchnorm=[mean]": "no batch-norm policy 'mean' in also_batchnorm; Known: keep, "
+    "recalibrate",
     "protocol.test_split=out": "protocol.test_split=out: choose one of in, all",
     "precision=fp8": "precision=fp8: choose one of fp32, bf16, fp16",
     "evaluate=some": "evaluate=some: choose one of selection, all",
@@ -96,9 +107,8 @@ CHAINS = {
     "~seeds": "seeds is missing: write seeds=...",
 }
 WORDS = {
-    "trainer": f"no command 'trainer'; Known: list, report, soup, ensemble; {USE}",
-    "reprot": "no command 'reprot'; did you mean 'report'? Known: list, report, soup, ensemble; "
-    + USE,
+    "trainer": f"no command 'trainer'; did you mean 'domainbed'? Known: {COMMANDS}; {USE}",
+    "reprot": f"no command 'reprot'; did you mean 'report'? Known: {COMMANDS}; " + USE,
     "=3": f"no setting '=3'; {USE}",
     "trainer.ema.decay": f"no setting 'trainer.ema.decay'; {USE}",
     "trainer=null": f"'trainer=null' leaves nothing to choose: write trainer=NAME; {USE}",
@@ -167,7 +177,7 @@ def test_no_gpu_is_one_line(device, refused):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("list", "list what? Write dgavg list trainers|data|models|protocols [NAME]"),
+        ("list", "list what? Write dgavg list trainers|data|models|protocols|zoo [NAME]"),
         ("list pairs irm", "dgavg list pairs takes no name: it prints the page of all pairs"),
         ("list modls", "no list 'modls'; did you mean 'models'? Known: trainers, data, models, "),
         ("list trainers imr", "no trainer 'imr'; did you mean 'irm'? Known: "),
