@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from dgavg.chain import chain, find_trainer, known_trainers
 from dgavg.config.schema import link_schema
+from dgavg.config.zoo_source import ZooSource
 from dgavg.errors import UserError, require
 
 
@@ -73,15 +74,16 @@ class ChainSource(ConfigSource):
         return known_trainers() if config_path == "trainer" else ["trainer"]
 
 
-class ChainSearchPath(SearchPathPlugin):
-    """Appends `chain://` to every search path."""
+class SearchPaths(SearchPathPlugin):
+    """Appends `chain://` and `zoo://` to every search path."""
 
     def manipulate_search_path(self, search_path: object) -> None:
-        """Append the source."""
-        search_path.append("dgavg", "chain://")  # type: ignore[attr-defined]
+        """Append the sources."""
+        for scheme in (ChainSource.scheme(), ZooSource.scheme()):
+            search_path.append("dgavg", f"{scheme}://")  # type: ignore[attr-defined]
 
 
 def register() -> None:
-    """Make Hydra know the source; harmless when done twice."""
-    for plugin in (ChainSource, ChainSearchPath):
+    """Make Hydra know both sources; harmless when done twice."""
+    for plugin in (ChainSource, ZooSource, SearchPaths):
         Plugins.instance().register(plugin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,16 @@ INSIDE = PACKAGE / "conf"  # in an installed wheel
 CONF = INSIDE if INSIDE.is_dir() else PACKAGE.parent / "conf"
 
 
+def by_data(default: Any, others: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """In a YAML file `${by_data:300,{domainnet:1000}}`: one value, others for some data sets."""
+    return others.get(str(_root_.data.name), default)
+
+
 def register() -> None:
     """Tell Hydra the types of the configuration and where chains come from."""
     ConfigStore.instance().store(name="dgavg_settings", node=Settings)
     chain_source.register()
+    OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 
 
 def compose(overrides: Iterable[str] = ()) -> DictConfig:

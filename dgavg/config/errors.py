@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
@@ -15,6 +16,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from dgavg.config.zoo_source import recipe_names
 from dgavg.errors import UserError, unknown
 from dgavg.settings import words
 
@@ -39,6 +41,9 @@ def explain(error: BaseException) -> UserError:
             return root
         if isinstance(root, MissingConfigException) and root.missing_cfg_file:
             group, _, name = str(root.missing_cfg_file).rpartition("/")
+            if f"{group}/".startswith("zoo/"):
+                wanted = f"{group}/{name}".removeprefix("zoo/")
+                return no_recipe(wanted)
             return unknown(KINDS.get(group, group or "config"), name, root.options or [])
         if isinstance(root, ConfigKeyError | ConfigAttributeError) and root.key is not None:
             parent = root.parent_node
@@ -62,6 +67,13 @@ def explain(error: BaseException) -> UserError:
             f"{several[1]}: write {name}=[{values}] for a list, or dgavg -m to run each of them"
         )
     return UserError(_first_line(error))
+
+
+def no_recipe(name: str) -> UserError:
+    """The error about a recipe that is not there: the nearest, or those of its benchmark."""
+    benchmark = name.partition("/")[0]
+    names = recipe_names(benchmark) or get_close_matches(name, recipe_names(), n=5, cutoff=0.3)
+    return UserError(f"{unknown('recipe', name, names)}; dgavg list zoo has them all")
 
 
 def _wrong_type(error: ValidationError) -> UserError:

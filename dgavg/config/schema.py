@@ -18,9 +18,11 @@ class ProtocolSettings:
     - `steps`: updates a run.
     - `batch_size`: images of each training domain a step.
     - `eval_every`: steps between two evaluations; the last step is always evaluated.
+    - `first_eval`: the step of the first evaluation; null is `eval_every`.
     - `holdout_fraction`: share of each domain kept for validation.
     - `test_split`: `in` scores the held-out domain's larger part, as DomainBed; `all` its whole.
-    - `selection`: `validation`, `last` or `oracle`.
+    - `selection`: `validation`, `last`, `loo`, `oracle` or `oracle_best`.
+    - `splits`: `domainbed` draws them from the seed, `official` takes the lists of the data set.
     - `augment`: augmentation of training images, `none` or `domainbed`.
     """
 
@@ -28,10 +30,12 @@ class ProtocolSettings:
     steps: int = REQUIRED
     batch_size: int = REQUIRED
     eval_every: int = REQUIRED
+    first_eval: int | None = REQUIRED
     holdout_fraction: float = REQUIRED
     test_split: str = REQUIRED
     selection: str = REQUIRED
     augment: str = REQUIRED
+    splits: str = REQUIRED
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Settings:
     optimizer: dict[str, Any] = field(default_factory=dict)
     protocol: ProtocolSettings = field(default_factory=ProtocolSettings)
     stopping: StoppingSettings = field(default_factory=StoppingSettings)
+    search: dict[str, Any] = field(default_factory=dict)
+    hparams_seed: int = REQUIRED
     holdout: Any = REQUIRED
     seeds: Any = REQUIRED
     init_seed: int | None = REQUIRED

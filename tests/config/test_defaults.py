@@ -81,6 +81,9 @@ def test_stopping_has_one_default():
 @pytest.mark.parametrize("path", sorted((CONF / "protocol").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_protocol_pins_everything_and_says_what_it_is(path):
     text = path.read_text()
-    assert text.startswith("# ")
-    assert list(yaml.safe_load(text)) == [f.name for f in fields(ProtocolSettings)]
-    assert yaml.safe_load(text)["name"] == path.stem
+    assert text.removeprefix("# @package _global_\n").startswith("# ")
+    found = yaml.safe_load(text)
+    found = found.get("protocol", found)
+    wanted = [f.name for f in fields(ProtocolSettings)]
+    assert sorted(found) == sorted(wanted)
+    assert found["name"] == path.stem
