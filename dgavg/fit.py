@@ -26,8 +26,7 @@ def fit(
     """
     with named_link(run):
         while not run.stop:
-            due = run.t % run.eval_every == 0 or run.t == run.steps
-            if due and run.t > run.evaluated:
+            if run.evaluates_at(run.t) and run.t > run.evaluated:
                 evaluate(run)
                 after_eval(run)
             elif run.t < run.steps:

@@ -77,7 +77,8 @@ class Run:
     chain serves any number of runs. `model` has a `featurizer` (inputs to (N, F)) and a
     `classifier` ((N, F) to (N, classes)). `schedule(t)` multiplies the optimizer's learning rate.
     `evaluate(run)` returns the candidates' scores on validation data, every `eval_every` steps and
-    at the end (0: at the end alone); `stopping(scores so far)` returns why to stop, or "".
+    at the end (0: at the end alone), for the first time at `first_eval`; `stopping(scores so far)`
+    returns why to stop, or "".
     `precision` is `fp32`, `bf16` or `fp16` (autocast, weights stay float32; fp16 scales the loss).
     `clip` is the largest norm that the gradient of an update may have. `seed` seeds the draws of
     `run.random`; the global generators are the caller's.
@@ -96,6 +97,7 @@ class Run:
         schedule: Callable[[int], float] = lambda t: 1.0,
         evaluate: Callable[[Run], Scores] | None = None,
         eval_every: int = 0,
+        first_eval: int | None = None,
         stopping: Callable[[list[Scores]], str] = lambda scores: "",
         precision: str = "fp32",
         clip: float | None = None,
@@ -104,6 +106,7 @@ class Run:
         check_type(steps, int, "steps")
         require(steps > 0, f"steps={steps}: a run has at least one step")
         require(eval_every >= 0, f"eval_every={eval_every}: a number of steps, or 0")
+        require(first_eval is None or first_eval > 0, f"first_eval={first_eval}: a step from 1 on")
         require(seed >= 0, f"seed={seed}: a number from 0 on")
         for part in ("names", "classes", "epoch_length"):
             require(hasattr(batches, part), f"batches has no {part}: see dgavg.run.Batches")
@@ -125,6 +128,7 @@ class Run:
         self.classes, self.epoch_length = batches.classes, batches.epoch_length
         self.schedule, self.stopping = schedule, stopping
         self.evaluate, self.eval_every = evaluate, eval_every or steps
+        self.first_eval = self.eval_every if first_eval is None else first_eval
         self.precision, self.seed = precision, seed
         require(
             any(p.requires_grad for p in model.parameters()),
@@ -249,6 +253,11 @@ class Run:
         Raises `UserError` where that is no whole step or past the end of the run.
         """
         return step_of(start, self.steps, setting)
+
+    def evaluates_at(self, t: int) -> bool:
+        """Whether candidates are evaluated after step `t`."""
+        since = t - self.first_eval
+        return (since >= 0 and since % self.eval_every == 0) or t == self.steps
 
     def tap(self, name: str, *args: Any) -> None:
         """Call every link that has this tap, innermost first; `after_fit` alone may train."""

@@ -48,6 +48,17 @@ def test_events_come_in_order(events):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("first", "evaluated"), [(None, [3, 6, 7]), (1, [1, 4, 7]), (5, [5, 7]), (9, [7])]
+)
+def test_the_first_evaluation_may_come_earlier_or_later(events, first, evaluated):
+    run = toy_run("watch_basic", steps=7)
+    run.first_eval = 3 if first is None else first
+    fit(run)
+    found = [int(e.split()[1]) for e in events if e.startswith("eval")]
+    assert found[:-1] == evaluated  # the last is that of the phase after the fit
+
+
 def test_stopping_ends_the_loop_and_the_last_phase_still_runs(events):
     run = toy_run("watch_basic")
     run.stopping = lambda scores: "enough" if len(scores) == 2 else ""

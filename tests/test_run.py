@@ -215,6 +215,7 @@ def test_bf16_trains_and_keeps_weights_and_averages_in_float32():
         ({"steps": 2.5}, "steps=2.5 must be an integer"),
         ({"seed": -1}, "seed=-1: a number from 0 on"),
         ({"eval_every": -3}, "eval_every=-3: a number of steps"),
+        ({"first_eval": 0}, "first_eval=0: a step from 1 on"),
         ({"batches": [1]}, "batches has no names: see dgavg.run.Batches"),
         ({"optimizer": 0.1}, "optimizer is a function of the parameters"),
         ({"trainer": EMA}, "is not a chain, such as EMA"),

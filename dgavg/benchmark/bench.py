@@ -52,8 +52,9 @@ class Bench:
         self.batchnorm = batchnorm
         index = dataset.index(held_out)
         fraction = setup.protocol["holdout_fraction"]
-        splits = make_splits(dataset, fraction, trial_seed=seed or 0)
-        self.splits = splits_to_score(dataset, splits, index, setup.protocol, setup.device)
+        kind = setup.protocol.get("splits", "domainbed")
+        splits = make_splits(dataset, fraction, trial_seed=seed or 0, kind=kind)
+        self.splits = splits_to_score(dataset, splits, [index], setup.protocol, setup.device)
         if seed is None:
             self.splits = {k: v for k, v in self.splits.items() if self._is_held_out(k)}
             whole = tuple(np.arange(len(domain), dtype=np.int64) for domain in dataset.domains)

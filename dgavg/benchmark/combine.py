@@ -19,8 +19,9 @@ from dgavg.averaging.ensemble import ensemble
 from dgavg.averaging.learned_soup import learned_soup
 from dgavg.averaging.soup import greedy_soup, uniform_soup
 from dgavg.benchmark.bench import Bench, Scores, Setup
-from dgavg.benchmark.experiment import PLACES, check_choices, find_device, fingerprint
-from dgavg.benchmark.files import make_folder, read_records, record_line, save_weights, write_text
+from dgavg.benchmark.checks import check_choices, find_device
+from dgavg.benchmark.experiment import PLACES
+from dgavg.benchmark.files import read_records, record_line, save_weights
 from dgavg.benchmark.fold import check_same, locked, read_config, threads_for
 from dgavg.benchmark.members import (
     Groups,
@@ -32,10 +33,12 @@ from dgavg.benchmark.members import (
     merged,
 )
 from dgavg.benchmark.recipe import LEARNED, Recipe
-from dgavg.benchmark.table import POOLED, Runs, test_score
+from dgavg.benchmark.results import Runs, test_score
+from dgavg.benchmark.table import POOLED
 from dgavg.chain import adapt, adapting
 from dgavg.config import compose, explained, plain
 from dgavg.data import load
+from dgavg.disk import make_folder, write_text
 from dgavg.errors import UserError, require, unknown
 from dgavg.models import MODELS, build_model
 from dgavg.trainer import Weights
@@ -156,7 +159,7 @@ class _Kitchen:
         """
         data = dict(self.place["data"])
         dataset = load(data.pop("name"), **data)
-        found, wanted = fingerprint(dataset), self.data["content"]
+        found, wanted = dataset.fingerprint(), self.data["content"]
         require(
             found == wanted,
             f"data set {dataset.name!r} is not the one the runs were trained on (content {found}, "

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dgavg.benchmark.tensorboard import summary_writer
-from dgavg.chain import chain, check, function_name, settings_of, spec_of
+from dgavg.benchmark import search
+from dgavg.benchmark.checks import (
+    check_choices,
+    check_functions,
+    check_stopping,
+    check_without_validation,
+    find_device,
+)
+from dgavg.chain import chain, check, settings_of, spec_of
+from dgavg.config.protocols import changed
 from dgavg.data import DomainDataset, load
-from dgavg.errors import require, unknown
-from dgavg.evaluation import RULES, Stopping
+from dgavg.errors import require
+from dgavg.evaluation import Stopping
 from dgavg.models import Model, build_model
 from dgavg.optimizers import lr_schedule, optimizer_factory
-from dgavg.run import PRECISIONS, OptimizerFactory
+from dgavg.run import OptimizerFactory
 from dgavg.settings import check_type, fits
 from dgavg.trainer import Trainer
 
-PLACES = ("root", "download", "workers")  # where data is and how it is read, not what it is
-ALSO = ("keep", "recalibrate")  # what any average can be scored by beside its own policy
+# Where data are and how they are read; what they are is in their fingerprint.
+PLACES = ("root", "download", "workers", "cache", "file", "lists", "duplicates", "check")
+Fold = tuple[str, ...]
 ModelBuilder = Callable[[tuple[int, int, int], int], Model]
 
 
@@ -32,6 +43,7 @@ ModelBuilder = Callable[[tuple[int, int, int], int], Model]
 class Experiment:
     """The folds and seeds to run, and all that their runs are built from.
 
+    A fold is the domains it leaves out: one, or two for leave-one-domain-out cross-validation.
     `identity` is every setting that a number depends on, as JSON would hold it; two runs with the
     same identity, fold and seed give the same records.
     """
@@ -43,7 +55,7 @@ class Experiment:
     schedule: Callable[[int], float]
     protocol: Mapping[str, Any]
     stopping: Stopping
-    held_out: tuple[str, ...]
+    folds: tuple[Fold, ...]
     seeds: tuple[int, ...]
     init_seed: int | None
     device: torch.device
@@ -62,9 +74,54 @@ class Experiment:
         """The chain by name."""
         return spec_of(self.trainer)
 
-    def run_folder(self, held_out: str, seed: int) -> Path:
+    def run_folder(self, fold: Fold, seed: int) -> Path:
         """Where the run of one fold and seed lives."""
-        return self.folder / held_out.replace(os.sep, "_") / str(seed)
+        return self.folder / "+".join(fold).replace(os.sep, "_") / str(seed)
+
+
+def experiments(
+    settings: Mapping[str, Any],
+    *,
+    trainer: Trainer | None = None,
+    dataset: DomainDataset | None = None,
+    model: ModelBuilder | None = None,
+) -> list[Experiment]:
+    """The experiment of composed settings; of `hparams_seed` above 0, one for each seed.
+
+    Then settings are drawn by the protocol's search space, other ones for each seed, as DomainBed
+    draws them. Raises `UserError` as `build` does, and where there is no search space.
+    """
+    base = build(settings, trainer=trainer, dataset=dataset, model=model)
+    draw = settings["hparams_seed"]
+    if draw == 0:
+        return [base]
+    require(draw > 0, f"hparams_seed={draw}: 0 for the settings as they are, or a draw from 1 on")
+    require(
+        trainer is None and model is None,
+        f"hparams_seed={draw} draws settings of chain and model: give both by name",
+    )
+    require(
+        "search" in base.identity,
+        f"hparams_seed={draw}: protocol {base.protocol['name']!r} has no search space; write "
+        "hparams_seed=0, or search=NAME, such as search=domainbed2020",
+    )
+    return [_drawn(base, settings, draw, seed) for seed in base.seeds]
+
+
+def _drawn(base: Experiment, settings: Mapping[str, Any], draw: int, seed: int) -> Experiment:
+    """The experiment of one seed with the settings of one draw, in the group of its base."""
+    space, where = settings["search"], _where(base.trainer, base.identity["data"]["name"])
+    if any("grid" in entry for entry in space.values()):
+        values = search.grid(space, draw - 1, **where)
+    else:
+        values = search.draw(space, draw, seed, steps=base.protocol["steps"], **where)
+    others = _with({**settings, "seeds": [seed]}, values)
+    one = build(others, dataset=base.dataset)
+    parts = ("trainer", "model", "optimizer", "protocol")
+    identity = {**base.identity, **{part: one.identity[part] for part in parts}}
+    identity["search"] = {**base.identity["search"], "hparams_seed": draw}
+    folder = base.folder.with_name(f"{base.folder.name}-h{draw}")
+    return replace(one, identity=identity, folder=folder)
 
 
 def build(
@@ -82,54 +139,52 @@ def build(
         links = settings["trainer"]
         trainer = chain("_".join(links), **{k: v or {} for k, v in links.items()})
     check(trainer)
-    _check_functions(trainer)
+    check_functions(trainer)
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     check_choices(settings, protocol)
-    _check_stopping(trainer, stopping)
+    check_stopping(trainer, stopping)
     if protocol["holdout_fraction"] == 0:
-        _check_without_validation(trainer, stopping, protocol["selection"])
+        check_without_validation(trainer, stopping, protocol["selection"])
     device = find_device(settings["device"])
-    init_seed = settings["init_seed"]
-    require(
-        init_seed is None or 0 <= init_seed < 2**32,
-        f"init_seed={init_seed}: a number from 0 on, or null",
-    )
     optimizer = dict(settings["optimizer"])
-    shape, warmup = optimizer.pop("schedule", "constant"), optimizer.pop("warmup", 0)
-    check_type(shape, str, "optimizer.schedule")
-    check_type(warmup, int, "optimizer.warmup")
-    schedule = lr_schedule(shape, warmup, protocol["steps"])
-    clip = optimizer.pop("clip", None)
-    check_type(clip, float | None, "optimizer.clip")
-    require(clip is None or clip > 0, f"optimizer.clip={clip}: a number above 0, or null")
+    schedule, clip = _schedule(optimizer, protocol["steps"])
     check(trainer, steps=protocol["steps"])
     make_optimizer = optimizer_factory(**optimizer)
 
     data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
     if dataset is None:
         dataset = load(data["name"], **{k: v for k, v in data.items() if k != "name"})
-    held_out = _held_out(settings["holdout"], dataset)
-    check(trainer, domains=len(dataset.domains) - 1)
-    data = {k: v for k, v in data.items() if k not in PLACES}
+    folds = _folds(settings["holdout"], dataset)
+    most = max(map(len, folds))
+    require(
+        len(dataset.domains) > most,
+        f"holdout={settings['holdout']} leaves no domain of the {len(dataset.domains)} to train on",
+    )
+    check(trainer, domains=len(dataset.domains) - most)
     build_one = model or (
         lambda shape, classes: build_model(input_shape=shape, classes=classes, **settings["model"])
     )
     identity = {
         "trainer": settings_of(trainer),
-        "data": {**data, "content": fingerprint(dataset)},
+        "data": _described_data(data, dataset, protocol["splits"]),
         "model": settings["model"] if model is None else _described(build_one, dataset),
         **{k: settings[k] for k in ("optimizer", "protocol", "stopping", "precision", "evaluate")},
         "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
-    if init_seed is not None:  # runs without it keep their names
-        identity["init_seed"] = init_seed
-    if settings["also_batchnorm"]:
-        identity["also_batchnorm"] = settings["also_batchnorm"]
+    for key in ("init_seed", "also_batchnorm"):
+        if settings[key] not in (None, []):  # runs without them keep their names
+            identity[key] = settings[key]
     identity = json.loads(json.dumps(identity, default=list))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}".replace(os.sep, "_")
     require(name not in (".", "..") and os.sep not in name, f"name={name!r}: not a folder name")
+    names = search.names(settings["search"], **_where(trainer, data["name"]))
+    if names:
+        identity["search"] = {"group": digest, "hparams_seed": 0, "settings": list(names)}
+    departures = changed(settings)
+    if departures:
+        identity["changed"] = departures
     return Experiment(
         trainer=trainer,
         dataset=dataset,
@@ -138,9 +193,9 @@ def build(
         schedule=schedule,
         protocol=protocol,
         stopping=stopping,
-        held_out=held_out,
+        folds=folds,
         seeds=_seeds(settings["seeds"]),
-        init_seed=init_seed,
+        init_seed=settings["init_seed"],
         device=device,
         precision=settings["precision"],
         clip=clip,
@@ -154,36 +209,42 @@ def build(
     )
 
 
-def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU where there is one.
-
-    Raises `UserError` for one that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"]) from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    there = count.get(device.type, 0)
-    what = f"there are {there}, counted from 0" if there else "there is no such device here"
-    require((device.index or 0) < there, f"device={name}: {what}; write device=auto or device=cpu")
-    return device
+def _schedule(optimizer: dict[str, Any], steps: int) -> tuple[Callable[[int], float], float | None]:
+    """The learning-rate schedule and the clipping, taken out of the optimizer's settings."""
+    shape, warmup = optimizer.pop("schedule", "constant"), optimizer.pop("warmup", 0)
+    check_type(shape, str, "optimizer.schedule")
+    check_type(warmup, int, "optimizer.warmup")
+    clip = optimizer.pop("clip", None)
+    check_type(clip, float | None, "optimizer.clip")
+    require(clip is None or clip > 0, f"optimizer.clip={clip}: a number above 0, or null")
+    return lr_schedule(shape, warmup, steps), clip
 
 
-def fingerprint(dataset: DomainDataset) -> str:
-    """A hash of a data set's content: names, images and labels, wherever its files are."""
-    found = hashlib.blake2b(repr((dataset.names, dataset.classes)).encode(), digest_size=8)
-    for domain in dataset.domains:
-        for tensor in (domain.images, domain.labels):
-            found.update(repr(tuple(tensor.shape)).encode())
-            found.update(tensor.cpu().contiguous().numpy().data)
-    return found.hexdigest()
+def _where(trainer: Trainer, data: str) -> dict[str, Any]:
+    """What decides which part of a search space counts."""
+    return {"data": data, "links": tuple(link.name for link in trainer)}
+
+
+def _with(settings: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others by dotted name."""
+    found = copy.deepcopy(dict(settings))
+    for key, value in drawn.items():
+        *path, last = key.split(".")
+        place = found
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return found
+
+
+def _described_data(data: Mapping[str, Any], dataset: DomainDataset, splits: str) -> dict[str, Any]:
+    """The settings that say what the data are, and hashes of what they hold."""
+    found = {k: v for k, v in data.items() if k not in PLACES}
+    if found.get("title") is None and dataset.name != found["name"]:
+        found["title"] = dataset.name
+    if splits == "official" and dataset.official is not None:
+        found["splits"] = dataset.official.fingerprint()
+    return found | {"content": dataset.fingerprint()}
 
 
 def _described(model: ModelBuilder, dataset: DomainDataset) -> dict[str, str]:
@@ -196,65 +257,21 @@ def _described(model: ModelBuilder, dataset: DomainDataset) -> dict[str, str]:
     }
 
 
-def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a setting that is none of its choices, or below what it may be."""
-    for value, choices, name in (
-        (protocol["test_split"], ("in", "all"), "protocol.test_split"),
-        (protocol["selection"], tuple(RULES), "protocol.selection"),
-        (settings["precision"], tuple(PRECISIONS), "precision"),
-        (settings["evaluate"], ("selection", "all"), "evaluate"),
-        (settings["logger"], (None, "tensorboard"), "logger"),
-    ):
-        shown = ", ".join("null" if c is None else c for c in choices)
-        require(value in choices, f"{name}={value}: choose one of {shown}")
-    for policy in settings["also_batchnorm"]:
-        if policy not in ALSO:
-            raise unknown("batch-norm policy", policy, ALSO, "also_batchnorm")
-    if settings["logger"] == "tensorboard":
-        summary_writer()  # is it there?
-    for key in ("steps", "batch_size", "eval_every"):
-        require(protocol[key] > 0, f"protocol.{key}={protocol[key]}: at least 1")
-    size, threads = settings["eval_batch_size"], settings["threads"]
-    require(size > 0, f"eval_batch_size={size}: at least 1")
-    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
-
-
-def _check_stopping(trainer: Trainer, stopping: Stopping) -> None:
-    known = ["live", *(name for link in trainer for name in link.candidate_names())]
-    if stopping.candidate is not None and stopping.candidate not in known:
-        where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
-        raise unknown("candidate", stopping.candidate, known, where)
-
-
-def _check_without_validation(trainer: Trainer, stopping: Stopping, selection: str) -> None:
-    """Refuse what reads validation data where `protocol.holdout_fraction=0` leaves none."""
-    none = "protocol.holdout_fraction=0 leaves no validation data"
-    require(selection == "last", f"{none} to select by: write protocol.selection=last")
-    require(stopping.candidate is None, f"{none} to stop by: write stopping.candidate=null")
-    needy = [link.name for link in trainer if link.needs_validation()]
-    require(not needy, f"{none}, which {', '.join(needy)} in {spec_of(trainer)!r} decides by")
-
-
-def _check_functions(trainer: Trainer) -> None:
-    """Records name a setting that is a function by its name, so it needs one of its own."""
-    for link in trainer:
-        for key, value in link.settings().items():
-            name = function_name(value) if callable(value) else ""
-            require(
-                "<" not in name,
-                f"trainer.{link.name}.{key} is {name}: records could not tell it from another; "
-                "give it a name, as a function of a module",
-            )
-
-
-def _held_out(wanted: Any, dataset: DomainDataset) -> tuple[str, ...]:
+def _folds(wanted: Any, dataset: DomainDataset) -> tuple[Fold, ...]:
+    """The folds that `holdout` names, each once; the domains of two in the data set's order."""
+    alone = tuple((name,) for name in dataset.names)
     if wanted == "all":
-        return dataset.names
-    names = wanted if isinstance(wanted, list | tuple) else [wanted]
-    require(bool(names), "holdout=[]: name at least one domain, or write holdout=all")
-    for name in names:
-        dataset.index(str(name))
-    return tuple(dict.fromkeys(map(str, names)))
+        return alone
+    if wanted == "pairs":
+        return (*alone, *itertools.combinations(dataset.names, 2))
+    found = []
+    for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
+        names = {str(name) for name in (item if isinstance(item, list | tuple) else [item])}
+        fold = tuple(sorted(names, key=dataset.index))
+        require(len(fold) in (1, 2), f"holdout={wanted}: a fold is one domain or two, not {item}")
+        found.append(fold)
+    require(bool(found), "holdout=[]: name at least one domain, or write holdout=all")
+    return tuple(dict.fromkeys(found))
 
 
 def _seeds(wanted: Any) -> tuple[int, ...]:

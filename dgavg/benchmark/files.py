@@ -1,16 +1,15 @@
-"""Files that are whole or not there: atomic writes, checkpoints, records."""
+"""The files of runs: checkpoints, weights, records."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import BadZipFile
 
 import torch
@@ -18,58 +17,13 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from dgavg.disk import write_atomically
 from dgavg.errors import UserError
 
 FORMAT = "dgavg checkpoint 1"
 RECORD = frozenset(
     ("step", "held_out", "seed", "chain", "trainer", "data", "protocol", "candidates")
 )  # what every reader of a record needs
-
-
-@contextmanager
-def writing(path: Path, hint: str = "choose another runs=FOLDER") -> Iterator[None]:
-    """Turn what the system refuses (no space, no permission, no folder) into a `UserError`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save ends its archive even after a failed write, and then fails in another way
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        why = cause.strerror or str(cause)
-        raise UserError(f"{path} cannot be written: {why}; {hint}") from error
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises `UserError` where that cannot be.
-    """
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, force it to disk, then rename: a reader sees the old file or the new.
-
-    Raises `UserError` where the system refuses; `path` is as before then.
-    """
-    beside = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            with beside.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

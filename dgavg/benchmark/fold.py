@@ -18,22 +18,20 @@ from omegaconf import OmegaConf
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from dgavg.benchmark.experiment import Experiment
+from dgavg.benchmark.experiment import Experiment, Fold
 from dgavg.benchmark.files import (
     differences,
     load_checkpoint,
-    make_folder,
     read_records,
     record_line,
     save_checkpoint,
     save_weights,
-    write_text,
-    writing,
 )
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, TrainingBatches, make_splits
+from dgavg.disk import make_folder, write_text, writing
 from dgavg.errors import UserError, require
 from dgavg.evaluation import Scorer, selected_step
 from dgavg.evaluation.scoring import SplitScore
@@ -55,6 +53,8 @@ SETTINGS = (
     "device",
     "init_seed",
     "also_batchnorm",
+    "search",
+    "changed",
 )
 
 Watch = Callable[[Run], None]
@@ -62,29 +62,34 @@ THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OM
 
 
 def run_fold(
-    experiment: Experiment, held_out: str, seed: int, watch: Watch = lambda run: None
+    experiment: Experiment, fold: Fold, seed: int, watch: Watch = lambda run: None
 ) -> list[dict[str, Any]]:
-    """Train with `held_out` left out, or go on where a killed run stopped; returns the records.
+    """Train with `fold` left out, or go on where a killed run stopped; returns the records.
 
     A run that is done is only read. Raises `UserError` where its folder holds a run of other
     settings, or another process is at work in it; what can't be trained leaves no folder.
     """
-    folder = experiment.run_folder(held_out, seed)
+    folder = experiment.run_folder(fold, seed)
     settings = {**experiment.identity, "dataset": described(experiment.dataset)}
-    settings |= {"held_out": held_out, "seed": seed}
+    settings |= _left_out(fold) | {"seed": seed}
     check_same(folder, settings)
     if not (folder / "done").exists():
         threads = torch.get_num_threads()
         try:
-            fold = _Fold(experiment, held_out, seed, folder, settings)
+            one = _Fold(experiment, fold, seed, folder, settings)
             with locked(folder):
                 check_same(folder, settings)  # again: nobody else can write it now
                 if not (folder / "config.yaml").exists():
                     write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
-                fold.train(watch)
+                one.train(watch)
         finally:
             torch.set_num_threads(threads)
     return read_records(folder / "records.jsonl")
+
+
+def _left_out(fold: Fold) -> dict[str, str]:
+    """What settings and records say of a fold."""
+    return dict(zip(("held_out", "held_out_with"), fold, strict=False))
 
 
 @contextmanager
@@ -162,15 +167,18 @@ def threads_for(model: nn.Module) -> int:
     return THREADS if convolutional else 1
 
 
-def _initial_model(experiment: Experiment) -> nn.Module:
-    """A model with the weights of `init_seed`, if any; all later draws are the run's own."""
+def _initial_model(experiment: Experiment, domains: int) -> nn.Module:
+    """A model with the weights of `init_seed`, if any; all later draws are the run's own.
+
+    `domains` is how many are trained on.
+    """
     shape, classes = experiment.dataset.input_shape, len(experiment.dataset.classes)
     if experiment.init_seed is None:
         return experiment.model(shape, classes)
     before = random_state(experiment.device)
     seed_everything(experiment.init_seed)
     model = experiment.model(shape, classes)
-    adapt(experiment.trainer, model, len(experiment.dataset.domains) - 1)
+    adapt(experiment.trainer, model, domains)
     set_random_state(before, experiment.device)
     return model
 
@@ -194,29 +202,31 @@ class _Fold:
     def __init__(
         self,
         experiment: Experiment,
-        held_out: str,
+        fold: Fold,
         seed: int,
         folder: Path,
         settings: Mapping[str, Any],
     ) -> None:
-        self.experiment, self.held_out, self.seed, self.folder = experiment, held_out, seed, folder
+        self.experiment, self.fold, self.seed, self.folder = experiment, fold, seed, folder
         self.settings = settings
         self.records: list[dict[str, Any]] = []
         self.lines: list[str] = []
         protocol, dataset = experiment.protocol, experiment.dataset
         seed_everything(seed)
-        index = dataset.index(held_out)
-        splits = make_splits(dataset, protocol["holdout_fraction"], trial_seed=seed)
+        held_out = [dataset.index(name) for name in fold]
+        splits = make_splits(
+            dataset, protocol["holdout_fraction"], trial_seed=seed, kind=protocol["splits"]
+        )
         self.batches = TrainingBatches(
             dataset,
             splits,
-            [i for i in range(len(dataset.domains)) if i != index],
+            [i for i in range(len(dataset.domains)) if i not in held_out],
             batch_size=protocol["batch_size"],
             seed=seed,
             device=experiment.device,
             augment=protocol["augment"],
         )
-        model = _initial_model(experiment)
+        model = _initial_model(experiment, len(dataset.domains) - len(fold))
         torch.set_num_threads(experiment.threads or threads_for(model))
         model.to(experiment.device)
         model.train()
@@ -229,6 +239,7 @@ class _Fold:
             schedule=experiment.schedule,
             evaluate=self._evaluate,
             eval_every=protocol["eval_every"],
+            first_eval=protocol["first_eval"],
             stopping=experiment.stopping,
             precision=experiment.precision,
             clip=experiment.clip,
@@ -239,7 +250,7 @@ class _Fold:
             splits_to_score(
                 dataset,
                 splits,
-                index,
+                held_out,
                 protocol,
                 self.run.device,
                 every=experiment.evaluate_all,
@@ -247,7 +258,7 @@ class _Fold:
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
             forward=lambda twin, images: self.run.forward(images, twin)[1],
-            held_out=frozenset((f"{held_out}/in", f"{held_out}/out")),
+            held_out=frozenset(f"{name}/{part}" for name in fold for part in ("in", "out")),
         )
         self.clock = _Clock()
         self.events: EventFiles | None = None
@@ -269,7 +280,7 @@ class _Fold:
                 if self.records
                 else "no checkpoint had been written yet"
             )
-            where = f"hold out {self.held_out}, seed {self.seed}"
+            where = f"hold out {' and '.join(self.fold)}, seed {self.seed}"
             raise NonFiniteLossError(f"{error} ({where}; {good})") from None
         finally:
             if self.events is not None:
@@ -310,7 +321,7 @@ class _Fold:
             "step": run.t,
             "phase": "after_fit" if run.closed else "fit",
             "epoch": run.t / run.epoch_length,
-            "held_out": self.held_out,
+            **_left_out(self.fold),
             "seed": self.seed,
             "chain": self.experiment.spec,
             **{key: self.settings[key] for key in SETTINGS if key in self.settings},
@@ -356,7 +367,8 @@ class _Fold:
         self.records.append(json.loads(line))
         rule = self.experiment.protocol["selection"]
         for name in record["candidates"]:
-            last = selected_step(self.records, name, rule) == len(self.records) - 1
+            picked = selected_step(self.records, name, rule)
+            last = picked in (None, len(self.records) - 1)  # None: other runs decide, by `loo`
             if last and name in with_weights:  # averaged predictions are no single weights
                 notes = {"chain": record["chain"], "candidate": name, "step": str(record["step"])}
                 path = self.folder / "weights" / f"{name}.safetensors"

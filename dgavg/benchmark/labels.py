@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dgavg.benchmark.results import searched
+
 PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", "init_seed")
 
 
@@ -12,10 +14,15 @@ def labels(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """By run: its chain, and the settings in which it differs from another run.
 
     `records` has one record of each run. Settings of links count between runs of the same chain,
-    all others between any two. Runs that differ in nothing of that are called by their name too.
+    all others between any two, but for those that a search draws. Runs that differ in nothing of
+    that are called by their name too.
     """
     settings = {
-        run: dict(_leaves({part: record[part] for part in PARTS if part in record}))
+        run: {
+            key: value
+            for key, value in _leaves({part: record[part] for part in PARTS if part in record})
+            if key not in searched(record)
+        }
         for run, record in records.items()
     }
     found = {}

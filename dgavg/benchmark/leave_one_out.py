@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dgavg.benchmark.experiment import Experiment, build
+from dgavg.benchmark.experiment import Experiment, Fold, experiments
 from dgavg.benchmark.fold import run_fold
 from dgavg.benchmark.progress import Watcher
-from dgavg.benchmark.table import Runs, Table
+from dgavg.benchmark.results import Runs
+from dgavg.benchmark.table import Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
 from dgavg.errors import require
@@ -19,19 +20,25 @@ from dgavg.models import Model
 from dgavg.trainer import Trainer
 
 
-def run_experiment(experiment: Experiment, *, quiet: bool = False) -> Runs:
+def run_experiments(experiments: Sequence[Experiment], *, quiet: bool = False) -> Runs:
     """Run every fold and seed that is not done yet; returns the records of them all."""
-    folds = [(h, s) for s in experiment.seeds for h in experiment.held_out]
-    found = {}
-    with Watcher(experiment.spec, len(folds), experiment.protocol["steps"], quiet=quiet) as watcher:
-        for note in experiment.dataset.notes:
+    folds = [(e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds]
+    first = experiments[0]
+    found: dict[tuple[str, Fold, int], list[dict[str, Any]]] = {}
+    with Watcher(first.spec, len(folds), first.protocol["steps"], quiet=quiet) as watcher:
+        for note in first.dataset.notes:
             watcher.note(note)
-        for held_out, seed in folds:
-            watcher.start(held_out, seed)
-            found[held_out, seed] = run_fold(experiment, held_out, seed, watcher)
-            watcher.end(found[held_out, seed])
-    ordered = [found[h, s] for h in experiment.held_out for s in experiment.seeds]
-    return {experiment.folder.name: ordered}
+        for experiment, fold, seed in folds:
+            watcher.start(" and ".join(fold), seed)
+            records = run_fold(experiment, fold, seed, watcher)
+            found[experiment.folder.name, fold, seed] = records
+            watcher.end(records)
+    runs: Runs = {}
+    for experiment in experiments:
+        name = experiment.folder.name
+        each = [found[name, f, s] for f in experiment.folds for s in experiment.seeds]
+        runs.setdefault(name, []).extend(each)
+    return runs
 
 
 def leave_one_domain_out(
@@ -53,7 +60,8 @@ def leave_one_domain_out(
     What `dgavg` does on the command line with the same settings, resumed and skipped alike.
     `trainer` is a chain or its name, `data` a data set or its name, `model` a name or a function of
     input shape (C, H, W) and number of classes. `settings` are those that `dgavg --cfg job` prints,
-    by dotted name: `{"protocol.steps": 300, "optimizer.lr": 1e-3}`.
+    by dotted name: `{"protocol.steps": 300, "optimizer.lr": 1e-3}`; `search` is a search space or
+    the name of one.
 
     Raises `UserError` for whatever can't work.
     """
@@ -72,17 +80,18 @@ def leave_one_domain_out(
             isinstance(groups.get(group), str | None),
             f"settings {key!r}: {group} is an object here; give it its settings where it is made",
         )
+    if isinstance(given.get("search"), str):
+        groups["search"] = given.pop("search")
     with explained():
         config = compose([f"{k}={v}" for k, v in groups.items() if isinstance(v, str)])
         for key, value in given.items():
-            OmegaConf.update(
-                config, key, list(value) if isinstance(value, tuple | range) else value
-            )
+            value = list(value) if isinstance(value, tuple | range) else value
+            OmegaConf.update(config, key, value, merge=key != "search", force_add=key == "search")
         composed = plain(config)
-    experiment = build(
+    found = experiments(
         composed,
         trainer=None if isinstance(trainer, str) else trainer,
         dataset=None if isinstance(data, str) else data,
         model=None if isinstance(model, str) else model,
     )
-    return Table(run_experiment(experiment, quiet=quiet))
+    return Table(run_experiments(found, quiet=quiet))

@@ -11,7 +11,8 @@ from typing import Any
 
 from dgavg.benchmark.files import differences, read_records
 from dgavg.benchmark.fold import read_config
-from dgavg.benchmark.table import POOLED, finished_runs
+from dgavg.benchmark.reading import finished_runs
+from dgavg.benchmark.table import POOLED
 from dgavg.chain import adapting
 from dgavg.errors import require, unknown
 from dgavg.evaluation import selected_step

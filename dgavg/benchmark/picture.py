@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from dgavg.benchmark.files import writing
 from dgavg.benchmark.table import Table
+from dgavg.disk import writing
 
 COLOURS = {r"(?m)^chain .*$": "bold", r"\+\d+\.\d ± \d+\.\d": "green", r"-\d+\.\d ± \d+\.\d": "red"}
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from dgavg.benchmark.table import test_score
+from dgavg.benchmark.results import test_score
 from dgavg.evaluation.selection import selected_step
 from dgavg.fit import FLUSH
 from dgavg.run import Run
@@ -90,8 +90,8 @@ class Watcher:
         found = []
         for name in last["candidates"]:
             index = selected_step(records, name, rule)
-            assert index is not None  # it is in the last record
-            found.append(f"{name} {100 * test_score(records[index], name)[0]:.1f}")
+            shown = last if index is None else records[index]  # by `loo`, other runs decide
+            found.append(f"{name} {100 * test_score(shown, name)[0]:.1f}")
         seconds = time.perf_counter() - self.began
         took = f"{seconds:.1f} s" if self.first >= 0 else "done before"
         early = f", stopped at step {last['step']}" if last["step"] < steps else ""

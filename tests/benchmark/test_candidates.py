@@ -44,7 +44,7 @@ def test_a_probe_is_scored_for_its_link_alone(train, only_run, records_of, weigh
     for record in records_of(run):
         assert list(record["candidates"]) == ["live", "pair"]
     assert sorted(weights_of(run)) == ["live"]
-    assert list(table.to_frame()["candidate"]) == ["live", "pair"]
+    assert list(table.to_frame()["candidate"]) == ["live", "pair", "selected"]
 
 
 def test_a_run_with_a_probe_resumes(train, only_run, content_of):

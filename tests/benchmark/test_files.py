@@ -24,9 +24,8 @@ from dgavg.benchmark.files import (
     record_line,
     save_checkpoint,
     save_weights,
-    write_atomically,
-    write_text,
 )
+from dgavg.disk import write_atomically, write_text
 
 
 def test_an_exception_in_a_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):

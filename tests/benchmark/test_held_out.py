@@ -64,7 +64,7 @@ def test_noise_in_the_held_out_domain_changes_no_weight_and_no_choice(
 def test_the_oracle_rule_reads_the_held_out_domain_to_select_and_for_nothing_else(
     train, data, noise, only_run, records_of
 ):
-    settings = {**SETTINGS, "protocol.selection": "oracle"}
+    settings = {**SETTINGS, "protocol.selection": "oracle_best"}
     (one, a), (two, b) = (
         train(CHAIN, d, folder=name, steps=60, every=6, **settings)
         for name, d in (("a", data), ("b", noise))

@@ -83,7 +83,8 @@ def test_runs_without_it_are_those_of_before_it_was_there(train, only_run):
 
 
 def test_a_table_tells_two_starts_apart(train):
-    from dgavg.benchmark.table import Table, read_runs
+    from dgavg.benchmark.reading import read_runs
+    from dgavg.benchmark.table import Table
 
     for init_seed in (5, 6):
         _, folder = train("basic", init_seed=init_seed)

@@ -71,4 +71,4 @@ def test_a_terminal_shows_fold_rate_loss_and_time_left_and_then_the_table(tmp_pa
         r"\d:\d\d:\d\d left",
         text,
     )
-    assert "against live" in text.splitlines()[-4]
+    assert "against live" in text.splitlines()[-5]

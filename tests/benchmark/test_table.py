@@ -115,7 +115,8 @@ CURVE = [
 
 
 @pytest.mark.parametrize(
-    ("rule", "step"), [(None, 20), ("validation", 20), ("last", 40), ("oracle", 10)]
+    ("rule", "step"),
+    [(None, 20), ("validation", 20), ("last", 40), ("oracle", 40), ("oracle_best", 10)],
 )
 def test_a_rule_selects_the_checkpoint_and_the_first_of_ties(rule, step):
     (row,) = Table({"r": [CURVE]}, rule).to_frame().to_dict("records")
@@ -141,6 +142,8 @@ def test_the_whole_held_out_domain_counts_where_the_protocol_says_so():
 def test_to_frame_has_every_number():
     frame = Table({"r": run(ACCURACIES)}).to_frame()
     found = {(r.held_out, r.seed, r.candidate): r.accuracy for r in frame.itertuples()}
+    selected = {k[:2]: found.pop(k) for k in list(found) if k[2] == "selected"}
+    assert selected == {(d, s): max(ACCURACIES[d][s]) for d in "ab" for s in range(3)}
     assert found == {
         (d, s, c): pair[i]
         for d, by_seed in ACCURACIES.items()
@@ -149,7 +152,7 @@ def test_to_frame_has_every_number():
     }
     assert list(frame.columns) == [
         *("run", "chain", "candidate", "held_out", "seed", "step", "accuracy", "loss"),
-        *("validation", "batchnorm"),
+        *("validation", "batchnorm", "picked", "score", "hparams_seed"),
     ]
 
 
@@ -159,7 +162,10 @@ def test_rows_follow_the_runs_and_the_chain_and_columns_the_data_set():
     lines = [text.split()[:2] for text in str(table).splitlines()[4:]]
     header = str(table).splitlines()[4].split()
     assert header[:5] == ["chain", "candidate", "a", "c", "mean"]
-    assert [x[0] for x in lines[2:]] == ["sma_ema_basic", "ema", "ema_basic", "ema"]
+    assert [x[0] for x in lines[2:]] == [
+        *("sma_ema_basic", "ema", "selected"),
+        *("ema_basic", "ema", "selected"),
+    ]
 
 
 def test_runs_of_one_chain_are_told_apart_by_the_setting_they_differ_in():

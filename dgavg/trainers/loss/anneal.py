@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dgavg.run import Run
 from dgavg.trainer import Trainer
 
@@ -9,11 +11,14 @@ from dgavg.trainer import Trainer
 def jump_of(link: Trainer, run: Run, anneal: str = "anneal", weight: str = "weight") -> int:
     """The step at which the setting `weight` begins to act; 0 where it follows a schedule.
 
-    Raises `UserError` where that is past the end of the run.
+    An infinite `anneal` is never, a step after the last. Raises `UserError` for another one past
+    the end of the run.
     """
     if weight in link.scheduled:
         return 0
-    return run.step_of(getattr(link, anneal), f"trainer.{link.name}.{anneal}")
+    step: float = getattr(link, anneal)
+    never = step == math.inf
+    return run.steps + 1 if never else run.step_of(step, f"trainer.{link.name}.{anneal}")
 
 
 def annealed(run: Run, weight: float, jump: int, before: float = 1.0) -> float:

@@ -74,7 +74,7 @@ class SWAD(Trainer):
             run.evaluate is not None,
             "swad looks for a valley of the validation loss: give the run evaluate=...",
         )
-        count = -(-run.steps // run.eval_every) - options["start"] // run.eval_every
+        count = sum(run.evaluates_at(t) for t in range(options["start"] + 1, run.steps + 1))
         require(
             count >= self.n_converge,
             f"swad needs {self.n_converge} evaluations to find a valley, but here are {count}: "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from dgavg import UserError, chain
+from dgavg import UserError, chain, fit
 from dgavg.testing import toy_run
 
 BOTH = pytest.mark.parametrize("name", ["irm", "vrex"])
@@ -44,3 +46,15 @@ def test_a_weight_that_would_never_act_is_refused(name):
 def test_an_anneal_below_1_is_a_share_of_the_run(name):
     run = toy_run(f"{name}_basic", {name: {"anneal": 0.25}})
     assert run.trainer.jump == 3
+
+
+@pytest.mark.parametrize("name", ["irm", "vrex", "iberm", "fishr", "ibirm"])
+def test_an_infinite_anneal_is_never_and_says_so_by_itself(name):
+    """What a search draws past the end of a run: weight and optimizer stay as they begin."""
+    settings = {"anneal": math.inf} | ({"irm_anneal": math.inf} if name == "ibirm" else {})
+    weak, strong = (
+        toy_run(f"{name}_basic", {name: settings | {"weight": weight}}) for weight in (0.0, 1e6)
+    )
+    fit(weak), fit(strong)
+    assert all(weak.live[k].equal(v) for k, v in strong.live.items())
+    assert len(strong.optimizer.state) > 0

@@ -1,0 +1,98 @@
+"""Checks of composed settings, before data are read or a file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dgavg.benchmark.tensorboard import summary_writer
+from dgavg.chain import function_name, spec_of
+from dgavg.errors import require, unknown
+from dgavg.evaluation import RULES, Stopping
+from dgavg.run import PRECISIONS
+from dgavg.trainer import Trainer
+
+ALSO = ("keep", "recalibrate")  # what any average can be scored by beside its own policy
+
+
+def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a setting that is none of its choices, or below what it may be."""
+    for value, choices, name in (
+        (protocol["test_split"], ("in", "all"), "protocol.test_split"),
+        (protocol["selection"], tuple(RULES), "protocol.selection"),
+        (protocol["splits"], ("domainbed", "official"), "protocol.splits"),
+        (settings["precision"], tuple(PRECISIONS), "precision"),
+        (settings["evaluate"], ("selection", "all"), "evaluate"),
+        (settings["logger"], (None, "tensorboard"), "logger"),
+    ):
+        shown = ", ".join("null" if c is None else c for c in choices)
+        require(value in choices, f"{name}={value}: choose one of {shown}")
+    for policy in settings["also_batchnorm"]:
+        if policy not in ALSO:
+            raise unknown("batch-norm policy", policy, ALSO, "also_batchnorm")
+    if settings["logger"] == "tensorboard":
+        summary_writer()  # is it there?
+    for key in ("steps", "batch_size", "eval_every"):
+        require(protocol[key] > 0, f"protocol.{key}={protocol[key]}: at least 1")
+    first = protocol["first_eval"]
+    require(first is None or first > 0, f"protocol.first_eval={first}: at least 1, or null")
+    init_seed = settings["init_seed"]
+    require(
+        init_seed is None or 0 <= init_seed < 2**32,
+        f"init_seed={init_seed}: a number from 0 on, or null",
+    )
+    size, threads = settings["eval_batch_size"], settings["threads"]
+    require(size > 0, f"eval_batch_size={size}: at least 1")
+    require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
+
+
+def check_stopping(trainer: Trainer, stopping: Stopping) -> None:
+    known = ["live", *(name for link in trainer for name in link.candidate_names())]
+    if stopping.candidate is not None and stopping.candidate not in known:
+        where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
+        raise unknown("candidate", stopping.candidate, known, where)
+
+
+def check_without_validation(trainer: Trainer, stopping: Stopping, selection: str) -> None:
+    """Refuse what reads validation data where `protocol.holdout_fraction=0` leaves none."""
+    none = "protocol.holdout_fraction=0 leaves no validation data"
+    require(selection == "last", f"{none} to select by: write protocol.selection=last")
+    require(stopping.candidate is None, f"{none} to stop by: write stopping.candidate=null")
+    needy = [link.name for link in trainer if link.needs_validation()]
+    require(not needy, f"{none}, which {', '.join(needy)} in {spec_of(trainer)!r} decides by")
+
+
+def check_functions(trainer: Trainer) -> None:
+    """Records name a setting that is a function by its name, so it needs one of its own."""
+    for link in trainer:
+        for key, value in link.settings().items():
+            name = function_name(value) if callable(value) else ""
+            require(
+                "<" not in name,
+                f"trainer.{link.name}.{key} is {name}: records could not tell it from another; "
+                "give it a name, as a function of a module",
+            )
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is a GPU where there is one.
+
+    Raises `UserError` for one that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:1", "mps"]) from None
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    there = count.get(device.type, 0)
+    what = f"there are {there}, counted from 0" if there else "there is no such device here"
+    require((device.index or 0) < there, f"device={name}: {what}; write device=auto or device=cpu")
+    return device

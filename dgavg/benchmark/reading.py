@@ -1,0 +1,46 @@
+"""Finding the runs below folders, and reading their records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dgavg.benchmark.files import read_records
+from dgavg.benchmark.results import Runs
+from dgavg.errors import require
+
+
+def finished_runs(folders: Sequence[Path]) -> tuple[dict[Path, str], int]:
+    """The folder of every finished run below `folders` with its name, and how many have not ended.
+
+    Raises `UserError` for a folder that is missing or holds no finished run.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    unfinished = 0
+    for folder in folders:
+        require(folder.is_dir(), f"no folder {folder}: give one of runs, such as runs/")
+        each = {path.resolve().parent for path in folder.rglob("config.yaml")}
+        ended = {run for run in each if (run / "done").exists()}
+        require(bool(ended), f"no finished run in {folder}")
+        unfinished += len(each - ended - seen)
+        found += sorted(ended - seen)
+        seen |= each
+    names = [path.name for path in dict.fromkeys(run.parent.parent for run in found)]
+    return {
+        run: group.name if names.count(group.name) == 1 else str(group)
+        for run in found
+        for group in [run.parent.parent]
+    }, unfinished
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
+    """The records of every finished run below `folders`, and how many have not ended.
+
+    Raises `UserError` as `finished_runs` does, and for damaged records.
+    """
+    found, unfinished = finished_runs(folders)
+    runs: Runs = {}
+    for folder, name in found.items():
+        runs.setdefault(name, []).append(read_records(folder / "records.jsonl"))
+    return runs, unfinished
