@@ -21,6 +21,8 @@ bench: .venv/test
 	$(BIN)/python tests/benchmarks/averages.py
 	$(BIN)/python tests/benchmarks/subspace.py
 	$(BIN)/python tests/benchmarks/links.py
+	$(BIN)/python tests/benchmarks/decoding.py
+	$(BIN)/python tests/benchmarks/scoring_cost.py
 
 .venv/run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

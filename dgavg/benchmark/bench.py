@@ -19,6 +19,7 @@ from dgavg.averaging.batchnorm import batchnorm_layers
 from dgavg.averaging.parameters import check_same
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits, seed_hash
+from dgavg.data.domains import as_floats
 from dgavg.errors import UserError
 from dgavg.evaluation import Scorer, Split
 from dgavg.evaluation.selection import validation_score
@@ -150,7 +151,7 @@ class Bench:
             order = torch.randperm(len(labels), generator=random).to(labels.device)
             parts_of = -(-len(order) // self.setup.eval_batch_size)
             for rows in order.tensor_split(parts_of)[: steps - step]:  # none of them tiny
-                yield images[rows].float().div_(255), labels[rows]
+                yield as_floats(images[rows]), labels[rows]
                 step += 1
             passes += 1
 
@@ -161,8 +162,8 @@ class Bench:
         found = []
         for split in self.splits.values():
             size = getattr(self.model, "support", self.setup.eval_batch_size)
-            for images in torch.split(split.images, size):
-                args = (images.float().div_(255),)
+            for images in split.batches(size):
+                args = (as_floats(images),)
                 with autocast(self.setup.precision, self.setup.device):
                     # tied weights come from a file as two equal ones
                     part = functional_call(self.model, weights, args, tie_weights=False)

@@ -23,7 +23,7 @@ import traceback
 
 import torch
 
-from dgavg import cli, run
+from dgavg import cli, disk, run
 from dgavg.benchmark import files
 from dgavg.benchmark.experiment import build
 from dgavg.config import compose, plain
@@ -62,7 +62,7 @@ def kill_in_evaluation(n: int) -> None:
 def kill_in_write(kind: str, name: str, n: int) -> None:
     write_atomically, calls = files.write_atomically, []
 
-    def patched(path, write):
+    def patched(path, write, *hint):
         calls.extend([1] if path.name == name else [])
         mine = path.name == name and len(calls) == n
 
@@ -77,7 +77,7 @@ def kill_in_write(kind: str, name: str, n: int) -> None:
         if mine:
             die()
 
-    files.write_atomically = patched
+    files.write_atomically = disk.write_atomically = patched
 
 
 def child(folder: str, arguments: list[str], moment: list | None) -> int:
