@@ -71,15 +71,22 @@ def is_combined(config: Mapping[str, Any]) -> bool:
     return "members" in config
 
 
+def is_of_two(config: Mapping[str, Any]) -> bool:
+    """Whether a run left two domains out: it is there to choose by, not to be combined."""
+    return "held_out_with" in config
+
+
 def find_members(folders: Sequence[Path], candidate: str) -> tuple[list[Member], int]:
     """The runs below `folders` with their weights, and how many have not ended.
 
-    Soups and ensembles are no members. Raises `UserError` for a folder that is missing or without a
+    Soups, ensembles and runs that left two domains out are no members. Raises `UserError` for a folder that is missing or without a
     finished run, for a run without such weights, and for damaged files.
     """
     found, unfinished = finished_runs(folders)
     configs = {folder: read_config(folder) for folder in found}
-    trained = {folder: c for folder, c in configs.items() if not is_combined(c)}
+    trained = {
+        folder: c for folder, c in configs.items() if not is_combined(c) and not is_of_two(c)
+    }
     require(
         bool(trained),
         f"no finished run but soups and ensembles in {', '.join(map(str, folders))}",

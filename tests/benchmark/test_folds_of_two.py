@@ -7,6 +7,7 @@ import torch
 
 from dgavg import UserError
 from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.members import find_members
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.table import Table
 
@@ -72,6 +73,12 @@ def test_where_other_runs_decide_the_last_weights_are_kept(train, weights_of, re
     assert sorted(weights_of(run)) == ["ema", "live"]
     saved = torch.load(run / "checkpoint.pt", weights_only=True)["run"]["model"]
     assert weights_of(run)["live"]["classifier.weight"].equal(saved["classifier.weight"])
+
+
+def test_runs_of_two_domains_are_in_no_soup(trained):
+    _, folder = trained
+    found, _ = find_members([folder], "live")
+    assert sorted(member.held_out for member in found) == ["d0", "d1", "d2"]
 
 
 @pytest.mark.parametrize(

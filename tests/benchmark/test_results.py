@@ -104,6 +104,14 @@ def test_a_cell_that_chose_among_fewer_draws_is_marked():
     assert "°: chosen among fewer draws" in text
 
 
+def test_what_is_made_of_draws_chooses_among_none():
+    runs = drawn({0: (0.9, 0.1), 1: (0.5, 0.8)}, protocol=PROTOCOL)
+    for (records,) in runs.values():
+        records[0]["search"]["settings"] = ["optimizer.lr"]
+    runs["soup"] = [[record(20, {"soup": (0.5, 0.5)}, chain="soup of live", members=[])]]
+    assert "°" not in str(Table(runs))
+
+
 def test_runs_of_two_domains_are_in_no_cell_and_cross_validation_reads_them():
     alone = [
         record(10, {"live": (0.1, 0.9), "ema": (0.3, 0.9)}),
