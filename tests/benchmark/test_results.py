@@ -108,7 +108,7 @@ def test_what_is_made_of_draws_chooses_among_none():
     runs = drawn({0: (0.9, 0.1), 1: (0.5, 0.8)}, protocol=PROTOCOL)
     for (records,) in runs.values():
         records[0]["search"]["settings"] = ["optimizer.lr"]
-    runs["soup"] = [[record(20, {"soup": (0.5, 0.5)}, chain="soup of live", members=[])]]
+    runs["soup"] = [[record(20, {"soup": (0.5, 0.5)}, chain="soup of live", members=[{}])]]
     assert "°" not in str(Table(runs))
 
 
