@@ -97,10 +97,10 @@ def test_the_table_has_the_runs_and_what_is_made_of_them(dgavg, home, tmp_path):
         "against its runs: the weights it is made of, each scored alone as it was\n"
     )
     rows = [line.split()[:2] for line in out.splitlines()[6:]]
-    assert rows[:6:2] == [["ema_basic", f"optimizer.lr={x}"] for x in sorted_rates(home)]
+    assert rows[:9:3] == [["ema_basic", f"optimizer.lr={x}"] for x in sorted_rates(home)]
     (soup,) = [line for line in out.splitlines() if line.startswith("uniform soup of live")]
     assert soup.endswith("better) against its runs")
-    assert sorted(dgavg("report")[0].splitlines()) == sorted(out.splitlines())
+    assert set(out.splitlines()) <= set(dgavg("report")[0].splitlines())
     gains = []
     for held_out in ("0", "30"):
         for seed in (0, 1):

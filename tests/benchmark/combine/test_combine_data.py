@@ -86,5 +86,5 @@ def test_data_may_have_moved_but_must_be_the_same(dgavg, train_on, pictures, tmp
     _, error = dgavg("soup runs runs=soups data.root=moved data.size=16", status=2)
     assert error == (
         "dgavg: data.size is as it was in the runs; here may be set: device, precision, threads, "
-        "eval_batch_size, runs, name, data.root, data.workers\n"
+        "eval_batch_size, runs, name, data.root, data.workers, data.cache\n"
     )
