@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dgavg import UserError, chain
-from dgavg.cli import main
+from dgavg.cli import COMMANDS, main
 from dgavg.config import compose
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -26,7 +26,7 @@ def commands() -> list[list[str]]:
     """The arguments of every `dgavg` command in a block that trains something."""
     lines = re.findall(r"^(?:\$ )?dgavg(.*)$", README, re.MULTILINE)
     words = [shlex.split(line, comments=True) for line in lines if not line.startswith(":")]
-    others = ("list", "report", "soup", "ensemble", "--cfg")
+    others = (*COMMANDS, "--cfg")
     return [w for w in words if not w or w[0] not in others]
 
 

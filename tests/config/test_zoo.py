@@ -64,7 +64,7 @@ def test_a_recipe_names_its_source_and_its_numbers(recipe):
         assert about["paper"]
         assert about["published_in"]
     if about["measured"] is not None:
-        assert about["measured"].keys() == {"short", "on", "date", "table"}
+        assert about["measured"].keys() == {"short", "hardware", "date", "table"}
         assert f"+zoo={recipe.name}" in about["command"]
 
 
