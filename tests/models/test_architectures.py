@@ -23,6 +23,14 @@ def scramble(net: Model) -> dict[str, Tensor]:
     return net.state_dict()
 
 
+def test_cnn_takes_batch_norm_in_place_of_group_norm() -> None:
+    plain, normed = (build_model("cnn", (1, 28, 28), 10, batchnorm=b) for b in (False, True))
+    kinds = [[type(m).__name__ for m in net.featurizer] for net in (plain, normed)]
+    assert kinds[1] == [k.replace("GroupNorm", "BatchNorm2d") for k in kinds[0]]
+    assert kinds[1].count("BatchNorm2d") == 4
+    assert normed(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_cnn_is_domainbeds() -> None:
     net = build_model("cnn", (2, 28, 28), 10).eval()
     state = scramble(net)

@@ -31,7 +31,7 @@ def test_the_models_and_their_summaries() -> None:
 
 def test_settings_have_types_and_defaults() -> None:
     found = {name: keyword_settings(builder) for name, builder in MODELS.items()}
-    assert found["cnn"] == {}
+    assert found["cnn"] == {"batchnorm": (bool, False)}
     assert found["mlp"] == {
         "width": (int, 256),
         "depth": (int, 2),
@@ -97,7 +97,7 @@ def test_the_config_files_have_every_setting_and_its_default(name: str) -> None:
             r"^model mlp: no setting 'widht' in model; did you mean 'width'\? "
             r"Known: width, depth, batchnorm, dropout$",
         ),
-        ("cnn", {"width": 8}, r"^model cnn: no setting 'width' in model; Known: none$"),
+        ("cnn", {"width": 8}, r"^model cnn: no setting 'width' in model; Known: batchnorm$"),
         ("mlp", {"width": "8"}, r"model\.width='8' must be an integer"),
         ("mlp", {"width": True}, r"model\.width=True must be an integer"),
         ("mlp", {"batchnorm": 1}, r"model\.batchnorm=1 must be true or false"),
