@@ -79,8 +79,9 @@ def is_of_two(config: Mapping[str, Any]) -> bool:
 def find_members(folders: Sequence[Path], candidate: str) -> tuple[list[Member], int]:
     """The runs below `folders` with their weights, and how many have not ended.
 
-    Soups, ensembles and runs that left two domains out are no members. Raises `UserError` for a folder that is missing or without a
-    finished run, for a run without such weights, and for damaged files.
+    Soups, ensembles and runs that left two domains out are no members. Raises `UserError` for a
+    folder that is missing or without a finished run, for a run without such weights, and for
+    damaged files.
     """
     found, unfinished = finished_runs(folders)
     configs = {folder: read_config(folder) for folder in found}
