@@ -59,7 +59,7 @@ def test_the_python_door_runs(tmp_path, monkeypatch, capsys):
     exec(block("leave_one_domain_out("), space)
     assert "ma_ema_irm_basic" in capsys.readouterr().out
     frame = space["table"].to_frame()  # type: ignore[attr-defined]
-    assert len(frame) == 6 * 2 * 3  # folds, seeds, candidates: live, ma, ema
+    assert len(frame) == 6 * 2 * 4  # folds, seeds, candidates: live, ma, ema
 
 
 def test_the_run_that_is_shown_trains():
