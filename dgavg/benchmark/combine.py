@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from dgavg.averaging.ensemble import ensemble
 from dgavg.averaging.learned_soup import learned_soup
@@ -32,15 +31,15 @@ from dgavg.benchmark.members import (
     is_combined,
     merged,
 )
+from dgavg.benchmark.rebuild import composed_like, untrained
 from dgavg.benchmark.recipe import LEARNED, Recipe
 from dgavg.benchmark.results import Runs, test_score
 from dgavg.benchmark.table import POOLED
-from dgavg.chain import adapt, adapting
-from dgavg.config import compose, explained, plain
+from dgavg.config import explained, plain
 from dgavg.data import load
 from dgavg.disk import make_folder, write_text
 from dgavg.errors import UserError, require, unknown
-from dgavg.models import MODELS, build_model
+from dgavg.models import MODELS
 from dgavg.trainer import Weights
 
 SETTINGS = ("device", "precision", "threads", "eval_batch_size", "runs", "name")
@@ -88,11 +87,7 @@ def _settings(member: Member, overrides: Sequence[str]) -> dict[str, Any]:
     """
     own = member.config["data"]
     with explained():
-        config = compose([f"data={own['name']}", *overrides])
-        for key, value in own.items():
-            if key != "content":
-                OmegaConf.update(config, f"data.{key}", value, force_add=True)
-        settings = plain(config)
+        settings = plain(composed_like(own, overrides))
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
     allowed = [*SETTINGS, *(f"data.{key}" for key in PLACES if key in settings["data"])]
     for word in given:
@@ -121,7 +116,7 @@ class _Kitchen:
     def __init__(self, recipe: Recipe, groups: Groups, settings: Mapping[str, Any]) -> None:
         self.recipe, self.groups, self.place = recipe, groups, settings
         first = next(iter(groups.values()))[0].config
-        self.data, self.model = first["data"], first["model"]
+        self.data = first["data"]
         members = [member for group in groups.values() for member in group]
         protocol = merged(members, "protocol")
         if recipe.across_seeds:
@@ -165,21 +160,12 @@ class _Kitchen:
             f"data set {dataset.name!r} is not the one the runs were trained on (content {found}, "
             f"theirs {wanted}): set data.root=FOLDER to that",
         )
-        model = dict(self.model)
-        if model["name"] not in MODELS:
-            raise unknown("model", model["name"], MODELS)
-        if "weights" in model:
-            model["weights"] = None  # they are loaded over anyway
-        links = adapting(next(iter(self.groups.values()))[0].config["trainer"])
-
-        def build(shape: tuple[int, int, int], classes: int) -> nn.Module:
-            made = build_model(input_shape=shape, classes=classes, **model)
-            adapt(links, made, len(dataset.domains) - 1)
-            return made
-
+        first = next(iter(self.groups.values()))[0].config
+        if first["model"]["name"] not in MODELS:
+            raise unknown("model", first["model"]["name"], MODELS)
         return Setup(
             dataset=dataset,
-            model=build,
+            model=partial(untrained, first, domains=len(dataset.domains) - 1),
             protocol=self.identity["protocol"],
             device=self.place["device"],
             precision=self.place["precision"],

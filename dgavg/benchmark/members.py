@@ -21,7 +21,7 @@ from dgavg.trainer import Trainer, may_be_scheduled
 Groups = dict[tuple[str, int], list["Member"]]  # by held-out domain and seed
 # Members agree in the data, wherever they came from, in their splits and scores, and in the model;
 # what else a sweep varies, they may differ in.
-DATA = ("name", "content")
+DATA = ("name", "content", "splits")
 PROTOCOL = ("name", "holdout_fraction", "test_split", "selection")
 REGULARISATION = ("dropout",)  # of the settings of a model, those that are no part of what it is
 
@@ -54,7 +54,7 @@ class Member:
     @property
     def weights(self) -> Path:
         """The file of its weights."""
-        return _weights_file(self.folder, self.candidate)
+        return weights_file(self.folder, self.candidate)
 
     def described(self) -> dict[str, Any]:
         """What settings and records say of it: equal for runs of equal weights."""
@@ -62,7 +62,8 @@ class Member:
         return {"candidate": self.candidate, "step": self.step, "settings": digest}
 
 
-def _weights_file(folder: Path, candidate: str) -> Path:
+def weights_file(folder: Path, candidate: str) -> Path:
+    """Where a run keeps the weights of a candidate."""
     return folder / "weights" / f"{candidate}.safetensors"
 
 
@@ -98,7 +99,7 @@ def find_members(folders: Sequence[Path], candidate: str) -> tuple[list[Member],
 
 
 def _member(folder: Path, run: str, config: Mapping[str, Any], candidate: str) -> Member:
-    if not _weights_file(folder, candidate).exists():
+    if not weights_file(folder, candidate).exists():
         there = sorted(path.stem for path in (folder / "weights").glob("*.safetensors"))
         raise unknown("weights of candidate", candidate, there, str(folder))
     records = read_records(folder / "records.jsonl")
@@ -185,7 +186,7 @@ def _agreed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What must be equal in all members, by part of the settings."""
     data, model, protocol, links = (config[k] for k in ("data", "model", "protocol", "trainer"))
     return {
-        "data": {k: data[k] for k in DATA},
+        "data": {k: data[k] for k in DATA if k in data},
         "model": {k: v for k, v in model.items() if k not in REGULARISATION},
         "trainer": {k.name: _structure(k, links[k.name]) for k in adapting(links)},
         "protocol": {k: protocol[k] for k in PROTOCOL},

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from dgavg.benchmark.results import Records, test_score
 from dgavg.evaluation.selection import held_out_of, validation_score
@@ -46,6 +45,8 @@ def paired_interval(differences: Mapping[str, Sequence[float]]) -> Interval | No
     >>> [round(x, 3) for x in found]  # 0.2 ± 4.303 · √(0.01 / 2 + 0.01 / 2) / 2
     [0.2, -0.015, 0.415]
     """
+    from scipy import stats  # a second of every start, if it were above
+
     each = [np.asarray(v, dtype=float) for v in differences.values()]
     freedom = sum(len(v) - 1 for v in each)
     if not each or min(map(len, each)) == 0 or freedom == 0:
@@ -67,6 +68,8 @@ def rank_correlation(records: Records, candidate: str) -> float | None:
     curve = _curve(records, candidate)
     if len(curve) < FEWEST or any(len(set(x)) == 1 for x in zip(*curve, strict=True)):
         return None
+    from scipy import stats
+
     validation, test = zip(*curve, strict=True)
     return float(stats.spearmanr(validation, test).statistic)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dgavg.benchmark.checks import check_choices, find_device
 from dgavg.benchmark.fold import threads_for
+from dgavg.benchmark.rebuild import composed_like
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset, load
 from dgavg.data.decode import shown
@@ -160,13 +161,7 @@ def _of_run(saved: Saved, overrides: Sequence[str]) -> dict[str, Any]:
         )
     own: Mapping[str, Any] = saved.config["data"]
     with explained():
-        if "data" in given:
-            config = compose(overrides)
-        else:
-            config = compose([f"data={own['name']}", *overrides])
-            for key, value in own.items():
-                if key not in ("name", "content") and f"data.{key}" not in given:
-                    OmegaConf.update(config, f"data.{key}", value, force_add=True)
+        config = compose(overrides) if "data" in given else composed_like(own, overrides)
         for key in ("precision", "eval_batch_size"):
             if key not in given:
                 OmegaConf.update(config, key, saved.config[key])

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from dgavg.averaging.parameters import check_same
 from dgavg.benchmark.files import read_records
 from dgavg.benchmark.fold import read_config
-from dgavg.benchmark.members import is_combined
-from dgavg.chain import adapt, adapting
+from dgavg.benchmark.members import is_combined, weights_file
+from dgavg.benchmark.rebuild import untrained
 from dgavg.errors import UserError, require, unknown
 from dgavg.evaluation.selection import compared, held_out_of, selected_step
-from dgavg.models import MODELS, Model, build_model
+from dgavg.models import MODELS, Model
 from dgavg.trainer import Weights
 
 WHAT = "a run's folder is runs/NAME/HELD-OUT/SEED"
@@ -86,7 +86,7 @@ def load_run(folder: Path | str, candidate: str | None = None) -> Saved:
         f"{folder / 'config.yaml'} doesn't name the classes and the input shape: that run is of an "
         "older dgavg; train it again",
     )
-    there = [k for k in records[-1]["candidates"] if _weights_file(folder, k).exists()]
+    there = [k for k in records[-1]["candidates"] if weights_file(folder, k).exists()]
     rule = own["protocol"]["selection"]
     if candidate is None:
         require(bool(there), f"{folder} holds no weights; {_no_weights(own)}")
@@ -94,10 +94,11 @@ def load_run(folder: Path | str, candidate: str | None = None) -> Saved:
     elif candidate not in there:
         raise unknown("weights of candidate", candidate, there, str(folder))
     data = config["dataset"]
-    shape = tuple(data["input_shape"])
+    channels, height, width = data["input_shape"]
+    shape = (channels, height, width)
     domains = len(data["domains"]) - len(held_out_of(records[-1]))
     model = _build(config, shape, len(data["classes"]), domains)
-    weights, step = _weights(_weights_file(folder, candidate), model)
+    weights, step = _weights(weights_file(folder, candidate), model)
     model.load_state_dict(weights)
     return Saved(
         folder=folder,
@@ -177,24 +178,18 @@ def _no_weights(config: Mapping[str, Any]) -> str:
     return "delete it to train that run anew"
 
 
-def _weights_file(folder: Path, candidate: str) -> Path:
-    return folder / "weights" / f"{candidate}.safetensors"
-
-
-def _build(config: Mapping[str, Any], shape: tuple[int, ...], classes: int, domains: int) -> Model:
+def _build(
+    config: Mapping[str, Any], shape: tuple[int, int, int], classes: int, domains: int
+) -> Model:
     """The model as it was before training; nobody's random numbers move."""
-    settings = dict(config["model"])
+    name = config["model"]["name"]
     require(
-        settings["name"] in MODELS,
-        f"the model of this run, {settings['name']!r}, is a function or a model of another "
+        name in MODELS,
+        f"the model of this run, {name!r}, is a function or a model of another "
         "package: its settings alone don't rebuild it; build it and load the weights in Python",
     )
-    if "weights" in settings:
-        settings["weights"] = None  # they are loaded over anyway
     with torch.random.fork_rng(devices=[]):
-        model = build_model(input_shape=shape, classes=classes, **settings)  # type: ignore[arg-type]
-        adapt(adapting(config["trainer"]), model, domains)
-    return model
+        return untrained(config, shape, classes, domains)
 
 
 def _weights(path: Path, model: Model) -> tuple[Weights, str | None]:
