@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from dgavg.benchmark.combine import combine
 from dgavg.benchmark.recipe import RULES as SOUP_RULES
 from dgavg.benchmark.recipe import Recipe
 from dgavg.benchmark.table import tables
-from dgavg.commands.say import left_out, say
-from dgavg.errors import UserError
+from dgavg.commands.say import Parser, left_out, say, tell
 
 
 def soup(arguments: list[str]) -> None:
     """Average the weights that finished runs left, and print them all in one table."""
-    parser = argparse.ArgumentParser("dgavg soup", description=soup.__doc__)
+    parser = Parser("soup", soup.__doc__, "see dgavg soup --help")
     rules = "; ".join(f"{name}: {text}" for name, text in SOUP_RULES.items())
     parser.add_argument("--rule", default="uniform", help=f"{rules} (default: uniform)")
     parser.add_argument(
@@ -32,18 +29,14 @@ def soup(arguments: list[str]) -> None:
 
 def ensemble(arguments: list[str]) -> None:
     """Add up the logits of the weights that finished runs left, and print them all in one table."""
-    parser = argparse.ArgumentParser("dgavg ensemble", description=ensemble.__doc__)
+    parser = Parser("ensemble", ensemble.__doc__, "see dgavg ensemble --help")
     parser.add_argument(
         "--candidate", default="sma", help="which weights of each run (default: sma)"
     )
     _combine(parser, "ensemble", arguments)
 
 
-def _combine(parser: argparse.ArgumentParser, kind: str, arguments: list[str]) -> None:
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; see dgavg {kind} --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
+def _combine(parser: Parser, kind: str, arguments: list[str]) -> None:
     parser.add_argument(
         "words",
         nargs="*",
@@ -65,4 +58,4 @@ def _combine(parser: argparse.ArgumentParser, kind: str, arguments: list[str]) -
         folders or [Path("runs")], Recipe(kind, **options), overrides, note=say
     )
     print("\n\n".join(str(table) for table in tables(runs)))
-    left_out(unfinished)
+    tell(*left_out(unfinished))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from dgavg.benchmark.domainbed import ForeignRun, convert, read_folder, render
 from dgavg.benchmark.domainbed.records import Record
 from dgavg.benchmark.domainbed.tables import known
 from dgavg.benchmark.reading import read_runs
-from dgavg.errors import UserError
+from dgavg.commands.say import Parser, left_out, tell
 
 
 def domainbed(arguments: list[str]) -> None:
@@ -20,12 +17,9 @@ def domainbed(arguments: list[str]) -> None:
 
     With folders of dgavg runs, every candidate of those is one more algorithm.
     """
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write dgavg domainbed DIR [FOLDER ...] [--latex]")
-
-    parser = argparse.ArgumentParser("dgavg domainbed", description=domainbed.__doc__)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser(
+        "domainbed", domainbed.__doc__, "write dgavg domainbed DIR [FOLDER ...] [--latex]"
+    )
     parser.add_argument("dir", type=Path, help="of DomainBed runs, as its sweeps write them")
     parser.add_argument("folders", nargs="*", type=Path, help="of dgavg runs, for the same tables")
     parser.add_argument("--latex", action="store_true", help="a LaTeX document")
@@ -40,14 +34,12 @@ def domainbed(arguments: list[str]) -> None:
         width = max(len(r["args"]["algorithm"]) for r in ours)
         records += ours
         notes += found.notes
-        if unfinished:
-            notes.append(f"left out {unfinished} run(s) that have not ended")
+        notes += left_out(unfinished)
     unknown = {r["args"]["dataset"] for r in records} - set(known(records))
     if unknown:
         notes.append(f"DomainBed has no data set {', '.join(sorted(unknown))}: in no table")
     print(render(records, latex=options.latex, names=width))
-    for note in notes:
-        print(f"dgavg: {note}", file=sys.stderr)
+    tell(*notes)
 
 
 def _beside(run: ForeignRun, theirs: tuple[Record, ...]) -> ForeignRun:

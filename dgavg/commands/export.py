@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
-from typing import NoReturn
 
+from dgavg.commands.say import Parser, tell
 from dgavg.deploy.export import FORMATS
 from dgavg.deploy.export import export as write
 from dgavg.deploy.saved import load_run
-from dgavg.errors import UserError, require
+from dgavg.errors import require
 
 USE = (
     "dgavg export RUN --out DIR [--candidate NAME] [--format auto|timm|torchvision] [--onnx] "
@@ -20,12 +18,7 @@ USE = (
 
 def export(arguments: list[str]) -> None:
     """Write the model of a run into a folder that plain timm, torchvision or torch loads."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write {USE}")
-
-    parser = argparse.ArgumentParser("dgavg export", description=export.__doc__)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser("export", export.__doc__, f"write {USE}")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs/NAME/HELD-OUT/SEED")
     parser.add_argument("--out", type=Path, help="a new folder")
     parser.add_argument(
@@ -46,26 +39,22 @@ def export(arguments: list[str]) -> None:
     if options.domainbed is not None:
         model = (options.out, options.candidate, options.onnx or None, options.torch_export or None)
         if any(value is not None for value in model) or options.format != "auto":
-            refuse("--domainbed writes records and takes no other option")
+            parser.error("--domainbed writes records and takes no other option")
         from dgavg.commands.export_domainbed import export_domainbed
 
         export_domainbed(options.runs or [Path("runs")], options.domainbed)
         return
     if len(options.runs) != 1:
-        refuse(f"one RUN is exported at a time, here are {len(options.runs)}")
+        parser.error(f"one RUN is exported at a time, here are {len(options.runs)}")
     require(options.out is not None, f"where to? Write {USE}")
     run = load_run(options.runs[0], options.candidate)
-    _say(f"{run.name}: {run.candidate} of step {run.record['step']}")
+    tell(f"{run.name}: {run.candidate} of step {run.record['step']}")
     out = write(
         run,
         options.out,
         form=options.format,
         torch_export=options.torch_export,
         onnx=options.onnx,
-        note=_say,
+        note=tell,
     )
     print(out)
-
-
-def _say(text: str) -> None:
-    print(f"dgavg: {text}", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dgavg.benchmark.domainbed import convert, export
 from dgavg.benchmark.reading import read_runs
+from dgavg.commands.say import left_out, tell
 
 
 def export_domainbed(
@@ -22,8 +22,4 @@ def export_domainbed(
     export(found, out)
     algorithms = sorted({run.train_args["algorithm"] for run in found.runs})
     print(f"{len(found.runs)} runs of {', '.join(algorithms)} in {out}")
-    notes = list(found.notes)
-    if unfinished:
-        notes.append(f"left out {unfinished} run(s) that have not ended")
-    for note in notes:
-        print(f"dgavg: {note}", file=sys.stderr)
+    tell(*found.notes, *left_out(unfinished))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +15,14 @@ from torch import Tensor
 from dgavg.benchmark.checks import check_choices, find_device
 from dgavg.benchmark.fold import threads_for
 from dgavg.benchmark.rebuild import composed_like
+from dgavg.commands.say import Parser, tell
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset, load
 from dgavg.data.decode import shown
 from dgavg.data.domains import as_floats
 from dgavg.data.features import write_features
 from dgavg.deploy.saved import Saved, load_run
-from dgavg.errors import UserError, require
+from dgavg.errors import require
 from dgavg.models import Model, build_model
 from dgavg.run import autocast
 from dgavg.seeding import seed_everything
@@ -34,12 +33,7 @@ OF_A_RUN = ("device", "precision", "threads", "eval_batch_size")  # what may be 
 
 def features(arguments: list[str]) -> None:
     """Write the features of a data set, from a model's featurizer, for data=features."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write {USE}")
-
-    parser = argparse.ArgumentParser("dgavg features", description=features.__doc__)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser("features", features.__doc__, f"write {USE}")
     parser.add_argument(
         "words",
         nargs="*",
@@ -66,8 +60,7 @@ def features(arguments: list[str]) -> None:
     device = find_device(settings["device"])
     data = dict(settings["data"])
     dataset = load(data.pop("name"), **data)
-    for note in dataset.notes:
-        _say(note)
+    tell(*dataset.notes)
     if saved is None:
         model, title = _built(settings, dataset), _label(settings["model"])
     else:
@@ -171,7 +164,7 @@ def _of_run(saved: Saved, overrides: Sequence[str]) -> dict[str, Any]:
 def _built(settings: Mapping[str, Any], dataset: DomainDataset) -> Model:
     """The model of the settings; its random weights, if any, are those of `init_seed`."""
     if settings["model"].get("weights") is None:
-        _say("no pretrained weights (model.weights): features of random ones")
+        tell("no pretrained weights (model.weights): features of random ones")
     seed_everything(settings["init_seed"] or 0)
     return build_model(
         input_shape=dataset.input_shape, classes=len(dataset.classes), **settings["model"]
@@ -184,7 +177,7 @@ def _trained(saved: Saved, dataset: DomainDataset) -> Model:
         f"{dataset.name} has images of {_shape(dataset.input_shape)}, the run was trained on "
         f"{_shape(saved.input_shape)}; set data.size to that",
     )
-    _say(f"{saved.name}: {saved.candidate} of step {saved.record['step']}")
+    tell(f"{saved.name}: {saved.candidate} of step {saved.record['step']}")
     return saved.model
 
 
@@ -203,19 +196,15 @@ def _official(dataset: DomainDataset) -> NDArray[np.bool_] | None:
     train, left = [], 0
     for i, domain in enumerate(dataset.domains):
         if lists.test is None or len(lists.test[i]) < len(domain):
-            _say(f"official lists of {domain.name} don't test on all images: left out of the file")
+            tell(f"official lists of {domain.name} don't test on all images: left out of the file")
             return None
         train.append(np.zeros(len(domain), dtype=np.bool_))
         train[i][lists.in_[i]] = True
         left += len(domain) - len(lists.in_[i]) - len(lists.out[i])
     if left:
-        _say(f"official lists: {left} image(s) in neither go to the validation part")
+        tell(f"official lists: {left} image(s) in neither go to the validation part")
     return np.concatenate(train)
 
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
-
-
-def _say(text: str) -> None:
-    print(f"dgavg: {text}", file=sys.stderr)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 from dgavg.benchmark.checks import find_device
+from dgavg.commands.say import Parser, tell
 from dgavg.deploy.predict import Predicted
 from dgavg.deploy.predict import predict as score
 from dgavg.deploy.saved import load_run
-from dgavg.errors import UserError
 
 USE = (
     "dgavg predict RUN [RUN ...] FOLDER [--candidate NAME] [--out predictions.csv] [--device auto] "
@@ -21,12 +18,7 @@ USE = (
 
 def predict(arguments: list[str]) -> None:
     """Score new images with a run, or the mean of several, and write their classes into a CSV."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write {USE}")
-
-    parser = argparse.ArgumentParser("dgavg predict", description=predict.__doc__)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser("predict", predict.__doc__, f"write {USE}")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs/NAME/HELD-OUT/SEED")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, or one image")
     parser.add_argument(
@@ -45,10 +37,10 @@ def predict(arguments: list[str]) -> None:
     device = find_device(options.device)
     runs = [load_run(folder, options.candidate) for folder in options.runs]
     for run in runs:
-        _say(f"{run.name}: {run.candidate} of step {run.record['step']}")
+        tell(f"{run.name}: {run.candidate} of step {run.record['step']}")
     dependent = next((run for run in runs if run.support is not None), None)
     if dependent is not None:
-        _say(
+        tell(
             "predictions depend on the images beside: they are read "
             f"{dependent.support} at a time, in the order of the files"
         )
@@ -62,7 +54,7 @@ def predict(arguments: list[str]) -> None:
         title="predicting",
     )
     for file, why in found.bad:
-        _say(f"left out {file}: {why}")
+        tell(f"left out {file}: {why}")
     print(f"{options.out}: {_summary(found)}")
 
 
@@ -77,7 +69,3 @@ def _summary(found: Predicted) -> str:
             "images in folders named like classes"
         )
     return text
-
-
-def _say(text: str) -> None:
-    print(f"dgavg: {text}", file=sys.stderr)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from dgavg.benchmark.picture import save_svg
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.table import tables
-from dgavg.commands.say import left_out
-from dgavg.errors import UserError
+from dgavg.commands.say import Parser, left_out, tell
 from dgavg.evaluation import RULES
 
 
 def report(arguments: list[str]) -> None:
     """Print the tables of finished runs, what chains differ by, and how validation ranks."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; write dgavg report [FOLDER ...] [--rule RULE] [--svg FILE]")
-
-    parser = argparse.ArgumentParser("dgavg report", description=report.__doc__)
-    parser.error = refuse  # type: ignore[method-assign]
+    parser = Parser(
+        "report", report.__doc__, "write dgavg report [FOLDER ...] [--rule RULE] [--svg FILE]"
+    )
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")])
     parser.add_argument("--rule", help=f"selection rule: {', '.join(RULES)}")
     parser.add_argument("--svg", type=Path, help="draw the tables into this file, too")
@@ -37,4 +31,4 @@ def report(arguments: list[str]) -> None:
     print("\n\n".join(parts))
     if options.svg is not None:
         save_svg(found, options.svg)
-    left_out(unfinished)
+    tell(*left_out(unfinished))
