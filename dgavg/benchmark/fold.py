@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +22,22 @@ from dgavg.benchmark.files import (
     differences,
     load_checkpoint,
     read_records,
-    record_line,
     save_checkpoint,
-    save_weights,
 )
+from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, TrainingBatches, make_splits
 from dgavg.disk import make_folder, write_text, writing
 from dgavg.errors import UserError, require
-from dgavg.evaluation import Scorer, selected_step
+from dgavg.evaluation import Scorer
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
 from dgavg.run import Run
 from dgavg.seeding import random_state, seed_everything, set_random_state
 from dgavg.trainer import Candidate, Scores
-
-# What a record names beside the chain: all that its numbers come from.
-SETTINGS = (
-    "trainer",
-    "data",
-    "model",
-    "optimizer",
-    "protocol",
-    "stopping",
-    "precision",
-    "device",
-    "init_seed",
-    "also_batchnorm",
-    "search",
-    "changed",
-)
 
 Watch = Callable[[Run], None]
 THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OMP_NUM_THREADS
@@ -209,8 +191,7 @@ class _Fold:
     ) -> None:
         self.experiment, self.fold, self.seed, self.folder = experiment, fold, seed, folder
         self.settings = settings
-        self.records: list[dict[str, Any]] = []
-        self.lines: list[str] = []
+        self.journal = Journal(folder, settings, experiment.spec, _left_out(fold))
         protocol, dataset = experiment.protocol, experiment.dataset
         seed_everything(seed)
         held_out = [dataset.index(name) for name in fold]
@@ -265,19 +246,18 @@ class _Fold:
 
     def train(self, watch: Watch) -> None:
         """Train to the end; then, and only then, write `done`."""
-        make_folder(self.folder / "weights")
         checkpoint = self.folder / "checkpoint.pt"
         if checkpoint.exists():
             self._resume(checkpoint)
-        write_text(self.folder / "records.jsonl", "".join(self.lines))
+        self.journal.write()
         if self.experiment.tensorboard:
-            self.events = EventFiles(self.folder / "tensorboard", self.records)
+            self.events = EventFiles(self.folder / "tensorboard", self.journal.records)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
         except NonFiniteLossError as error:
             good = (
-                f"the last good checkpoint, of step {self.records[-1]['step']}, is {checkpoint}"
-                if self.records
+                f"the last good checkpoint, of step {records[-1]['step']}, is {checkpoint}"
+                if (records := self.journal.records)
                 else "no checkpoint had been written yet"
             )
             where = f"hold out {' and '.join(self.fold)}, seed {self.seed}"
@@ -297,15 +277,14 @@ class _Fold:
         )
         torch.set_num_threads(saved["threads"])  # sums depend on how they are split
         self.run.load_state_dict(saved["run"])
-        self.lines = list(saved["records"])
-        self.records = [json.loads(line) for line in self.lines]
+        self.journal.restore(saved["records"])
         self.clock = _Clock(spent=saved["seconds"])
 
     def _save(self) -> None:
         content = {
             "settings": self.settings,
             "run": self.run.state_dict(),
-            "records": self.lines,
+            "records": self.journal.lines,
             "seconds": self.clock.read(),
             "threads": torch.get_num_threads(),
         }
@@ -317,33 +296,24 @@ class _Fold:
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         scores = self.scorer.score(candidates, keep=again)
-        record = {
-            "step": run.t,
-            "phase": "after_fit" if run.closed else "fit",
-            "epoch": run.t / run.epoch_length,
-            **_left_out(self.fold),
-            "seed": self.seed,
-            "chain": self.experiment.spec,
-            **{key: self.settings[key] for key in SETTINGS if key in self.settings},
-            "lr": run.optimizer.param_groups[0]["lr"],
-            "losses": run.losses.read(),
-            "candidates": {
-                name: {
-                    "batchnorm": candidates[name].batchnorm,
-                    "splits": {split: asdict(score) for split, score in found.items()},
-                }
-                for name, found in scores.items()
-                if not candidates[name].probe
-            },
-            "timing": {"seconds": self.clock.read()},
-        }
+        moment = Moment(
+            step=run.t,
+            epoch=run.t / run.epoch_length,
+            closed=run.closed,
+            lr=run.optimizer.param_groups[0]["lr"],
+            losses=run.losses.read(),
+            seconds=self.clock.read(),
+        )
         validation = {}
         if self.experiment.protocol["holdout_fraction"]:
             validation = {name: self._validation(found) for name, found in scores.items()}
             self._check_finite("validation loss", validation["live"]["loss"])
         else:
             self._check_finite("training loss", self._training_loss())
-        self._write(record, {k for k, c in candidates.items() if not c.members})
+        self.journal.add(moment, candidates, scores, self.scorer.weights)
+        self.journal.write()
+        if self.events is not None:
+            self.events.write(self.journal.records[-1])
         return validation
 
     @torch.no_grad()
@@ -360,22 +330,6 @@ class _Fold:
                 f"step {self.run.t}: the {what} of the live weights is {loss}; "
                 "try a lower optimizer.lr or a smaller weight"
             )
-
-    def _write(self, record: dict[str, Any], with_weights: set[str]) -> None:
-        line = record_line(record)
-        self.lines.append(line)
-        self.records.append(json.loads(line))
-        rule = self.experiment.protocol["selection"]
-        for name in record["candidates"]:
-            picked = selected_step(self.records, name, rule)
-            last = picked in (None, len(self.records) - 1)  # None: other runs decide, by `loo`
-            if last and name in with_weights:  # averaged predictions are no single weights
-                notes = {"chain": record["chain"], "candidate": name, "step": str(record["step"])}
-                path = self.folder / "weights" / f"{name}.safetensors"
-                save_weights(path, self.scorer.weights(name), notes)
-        write_text(self.folder / "records.jsonl", "".join(self.lines))
-        if self.events is not None:
-            self.events.write(self.records[-1])
 
     def _validation(self, found: dict[str, SplitScore]) -> dict[str, float]:
         """Means over the validation parts of the training domains: all that training may see."""
