@@ -28,7 +28,7 @@ from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
-from dgavg.data import DomainDataset, TrainingBatches, make_splits
+from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
 from dgavg.disk import make_folder, write_text, writing
 from dgavg.errors import UserError, require
 from dgavg.evaluation import Scorer
@@ -178,6 +178,37 @@ def _by_policies(
                 yield f"{name}@{policy}", replace(candidate, batchnorm=policy)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the run of a fold and a seed starts from."""
+
+    held_out: tuple[int, ...]
+    splits: Splits
+    batches: TrainingBatches
+    model: nn.Module
+
+
+def starting(experiment: Experiment, fold: Fold, seed: int) -> Start:
+    """Seed everything, then make splits, batches and the model, on a CPU."""
+    protocol, dataset = experiment.protocol, experiment.dataset
+    seed_everything(seed)
+    held_out = tuple(dataset.index(name) for name in fold)
+    splits = make_splits(
+        dataset, protocol["holdout_fraction"], trial_seed=seed, kind=protocol["splits"]
+    )
+    batches = TrainingBatches(
+        dataset,
+        splits,
+        [i for i in range(len(dataset.domains)) if i not in held_out],
+        batch_size=protocol["batch_size"],
+        seed=seed,
+        device=experiment.device,
+        augment=protocol["augment"],
+    )
+    model = _initial_model(experiment, len(dataset.domains) - len(fold))
+    return Start(held_out, splits, batches, model)
+
+
 class _Fold:
     """Builds the run of one fold and writes what it leaves."""
 
@@ -192,22 +223,9 @@ class _Fold:
         self.experiment, self.fold, self.seed, self.folder = experiment, fold, seed, folder
         self.settings = settings
         self.journal = Journal(folder, settings, experiment.spec, _left_out(fold))
-        protocol, dataset = experiment.protocol, experiment.dataset
-        seed_everything(seed)
-        held_out = [dataset.index(name) for name in fold]
-        splits = make_splits(
-            dataset, protocol["holdout_fraction"], trial_seed=seed, kind=protocol["splits"]
-        )
-        self.batches = TrainingBatches(
-            dataset,
-            splits,
-            [i for i in range(len(dataset.domains)) if i not in held_out],
-            batch_size=protocol["batch_size"],
-            seed=seed,
-            device=experiment.device,
-            augment=protocol["augment"],
-        )
-        model = _initial_model(experiment, len(dataset.domains) - len(fold))
+        protocol = experiment.protocol
+        start = starting(experiment, fold, seed)
+        self.batches, model = start.batches, start.model
         torch.set_num_threads(experiment.threads or threads_for(model))
         model.to(experiment.device)
         model.train()
@@ -229,9 +247,9 @@ class _Fold:
         self.scorer = Scorer(
             model,
             splits_to_score(
-                dataset,
-                splits,
-                held_out,
+                experiment.dataset,
+                start.splits,
+                start.held_out,
                 protocol,
                 self.run.device,
                 every=experiment.evaluate_all,
