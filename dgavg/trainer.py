@@ -121,7 +121,8 @@ class Trainer:
     domain; `owns_step` it replaces the whole step, so no second such link can stand beside it;
     `compares_gradients` it asks for each domain's gradient by itself, so that a link within that
     compares them would see one; `one_domain` the setting, such as `across=false`, with which it
-    needs one domain alone.
+    needs one domain alone; `stackable` what it does to the weights of several runs side by side, it
+    does to each run: it treats every number alone, or is a function of one run's outputs.
     """
 
     inner: Trainer = None  # type: ignore[assignment]  # only basic has none, and never asks for it
@@ -133,6 +134,7 @@ class Trainer:
     owns_step: ClassVar[bool] = False
     compares_gradients: ClassVar[bool] = False
     one_domain: ClassVar[str] = ""
+    stackable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(
@@ -309,8 +311,8 @@ def trainer(name: str, **traits: bool | int | str) -> Callable[[type[T]], type[T
     """Make a class a link: slotted, so it cannot hide state; known by `name` in chains and configs.
 
     `traits` are class attributes of `Trainer`: `outermost`, `min_domains`, `splits_domains`,
-    `owns_step`, `compares_gradients`, `one_domain`. Raises `UserError` for a name that a chain
-    can't spell or that another class has.
+    `owns_step`, `compares_gradients`, `one_domain`, `stackable`. Raises `UserError` for a name that
+    a chain can't spell or that another class has.
     """
     require(
         name.isascii() and name.isalnum() and name.islower(),

@@ -12,6 +12,7 @@ from dgavg.chain import function_name, spec_of
 from dgavg.errors import require, unknown
 from dgavg.evaluation import RULES, Stopping
 from dgavg.run import PRECISIONS
+from dgavg.stacked import check_stackable
 from dgavg.trainer import Trainer
 
 ALSO = ("keep", "recalibrate")  # what any average can be scored by beside its own policy
@@ -43,7 +44,8 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
         init_seed is None or 0 <= init_seed < 2**32,
         f"init_seed={init_seed}: a number from 0 on, or null",
     )
-    size, threads = settings["eval_batch_size"], settings["threads"]
+    size, threads, stack = (settings[key] for key in ("eval_batch_size", "threads", "stack"))
+    require(stack > 0, f"stack={stack}: a number of runs, 1 for one after the other")
     require(size > 0, f"eval_batch_size={size}: at least 1")
     require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
 
@@ -53,6 +55,18 @@ def check_stopping(trainer: Trainer, stopping: Stopping) -> None:
     if stopping.candidate is not None and stopping.candidate not in known:
         where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
         raise unknown("candidate", stopping.candidate, known, where)
+
+
+def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:
+    """Refuse what several runs as one can't do; what models can is seen when they are built."""
+    check_stackable(trainer)
+    for name, value, fine in (
+        ("stopping.candidate", settings["stopping"]["candidate"], (None,)),
+        ("optimizer.clip", settings["optimizer"].get("clip"), (None,)),
+        ("precision", settings["precision"], ("fp32", "bf16")),
+        ("logger", settings["logger"], (None,)),
+    ):
+        require(value in fine, f"stack={settings['stack']} takes no {name}={value}: write stack=1")
 
 
 def check_without_validation(trainer: Trainer, stopping: Stopping, selection: str) -> None:

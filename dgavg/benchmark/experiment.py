@@ -18,6 +18,7 @@ from dgavg.benchmark import search
 from dgavg.benchmark.checks import (
     check_choices,
     check_functions,
+    check_stack,
     check_stopping,
     check_without_validation,
     find_device,
@@ -65,6 +66,7 @@ class Experiment:
     eval_batch_size: int
     also_batchnorm: tuple[str, ...]
     threads: int | None
+    stack: int
     tensorboard: bool
     identity: Mapping[str, Any]
     folder: Path
@@ -143,6 +145,8 @@ def build(
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     check_choices(settings, protocol)
     check_stopping(trainer, stopping)
+    if settings["stack"] > 1:
+        check_stack(trainer, settings)
     if protocol["holdout_fraction"] == 0:
         check_without_validation(trainer, stopping, protocol["selection"])
     device = find_device(settings["device"])
@@ -175,6 +179,8 @@ def build(
     for key in ("init_seed", "also_batchnorm"):
         if settings[key] not in (None, []):  # runs without them keep their names
             identity[key] = settings[key]
+    if settings["stack"] > 1:  # sums are rounded otherwise
+        identity["stack"] = settings["stack"]
     identity = json.loads(json.dumps(identity, default=list))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = settings["name"] or f"{spec_of(trainer)}-{dataset.name}-{digest}".replace(os.sep, "_")
@@ -203,6 +209,7 @@ def build(
         eval_batch_size=settings["eval_batch_size"],
         also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],
+        stack=settings["stack"],
         tensorboard=settings["logger"] == "tensorboard",
         identity=identity,
         folder=Path(settings["runs"]) / name,

@@ -35,6 +35,7 @@ from dgavg.evaluation import Scorer
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
+from dgavg.models import Model
 from dgavg.run import Run
 from dgavg.seeding import random_state, seed_everything, set_random_state
 from dgavg.trainer import Candidate, Scores
@@ -52,8 +53,7 @@ def run_fold(
     settings, or another process is at work in it; what can't be trained leaves no folder.
     """
     folder = experiment.run_folder(fold, seed)
-    settings = {**experiment.identity, "dataset": described(experiment.dataset)}
-    settings |= _left_out(fold) | {"seed": seed}
+    settings = settings_of_run(experiment, fold, seed)
     check_same(folder, settings)
     if not (folder / "done").exists():
         threads = torch.get_num_threads()
@@ -61,15 +61,20 @@ def run_fold(
             one = _Fold(experiment, fold, seed, folder, settings)
             with locked(folder):
                 check_same(folder, settings)  # again: nobody else can write it now
-                if not (folder / "config.yaml").exists():
-                    write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+                write_config(folder, settings)
                 one.train(watch)
         finally:
             torch.set_num_threads(threads)
     return read_records(folder / "records.jsonl")
 
 
-def _left_out(fold: Fold) -> dict[str, str]:
+def settings_of_run(experiment: Experiment, fold: Fold, seed: int) -> dict[str, Any]:
+    """What `config.yaml` says of a run."""
+    shared = {**experiment.identity, "dataset": described(experiment.dataset)}
+    return shared | left_out(fold) | {"seed": seed}
+
+
+def left_out(fold: Fold) -> dict[str, str]:
     """What settings and records say of a fold."""
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
 
@@ -104,6 +109,12 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
     )
 
 
+def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the `config.yaml` of a run, if it has none."""
+    if not (folder / "config.yaml").exists():
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.yaml` of a run.
 
@@ -130,7 +141,7 @@ def described(dataset: DomainDataset) -> dict[str, Any]:
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Seconds of training, over all the times a run was started."""
 
     spent: float = 0.0
@@ -149,7 +160,7 @@ def threads_for(model: nn.Module) -> int:
     return THREADS if convolutional else 1
 
 
-def _initial_model(experiment: Experiment, domains: int) -> nn.Module:
+def _initial_model(experiment: Experiment, domains: int) -> Model:
     """A model with the weights of `init_seed`, if any; all later draws are the run's own.
 
     `domains` is how many are trained on.
@@ -165,7 +176,7 @@ def _initial_model(experiment: Experiment, domains: int) -> nn.Module:
     return model
 
 
-def _by_policies(
+def by_policies(
     candidates: Mapping[str, Candidate], policies: Sequence[str]
 ) -> Iterator[tuple[str, Candidate]]:
     """Candidates, each average followed by itself under the other batch-norm `policies`."""
@@ -185,11 +196,16 @@ class Start:
     held_out: tuple[int, ...]
     splits: Splits
     batches: TrainingBatches
-    model: nn.Module
+    model: Model
 
 
-def starting(experiment: Experiment, fold: Fold, seed: int) -> Start:
-    """Seed everything, then make splits, batches and the model, on a CPU."""
+def starting(
+    experiment: Experiment, fold: Fold, seed: int, *, resident: bool | None = None
+) -> Start:
+    """Seed everything, then make splits, batches and the model, on a CPU.
+
+    `resident` as for `TrainingBatches`.
+    """
     protocol, dataset = experiment.protocol, experiment.dataset
     seed_everything(seed)
     held_out = tuple(dataset.index(name) for name in fold)
@@ -204,6 +220,7 @@ def starting(experiment: Experiment, fold: Fold, seed: int) -> Start:
         seed=seed,
         device=experiment.device,
         augment=protocol["augment"],
+        resident=resident,
     )
     model = _initial_model(experiment, len(dataset.domains) - len(fold))
     return Start(held_out, splits, batches, model)
@@ -222,7 +239,7 @@ class _Fold:
     ) -> None:
         self.experiment, self.fold, self.seed, self.folder = experiment, fold, seed, folder
         self.settings = settings
-        self.journal = Journal(folder, settings, experiment.spec, _left_out(fold))
+        self.journal = Journal(folder, settings, experiment.spec, left_out(fold))
         protocol = experiment.protocol
         start = starting(experiment, fold, seed)
         self.batches, model = start.batches, start.model
@@ -259,7 +276,7 @@ class _Fold:
             forward=lambda twin, images: self.run.forward(images, twin)[1],
             held_out=frozenset(f"{name}/{part}" for name in fold for part in ("in", "out")),
         )
-        self.clock = _Clock()
+        self.clock = Clock()
         self.events: EventFiles | None = None
 
     def train(self, watch: Watch) -> None:
@@ -296,7 +313,7 @@ class _Fold:
         torch.set_num_threads(saved["threads"])  # sums depend on how they are split
         self.run.load_state_dict(saved["run"])
         self.journal.restore(saved["records"])
-        self.clock = _Clock(spent=saved["seconds"])
+        self.clock = Clock(spent=saved["seconds"])
 
     def _save(self) -> None:
         content = {
@@ -310,7 +327,7 @@ class _Fold:
 
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
-        candidates = dict(_by_policies(run.candidates(), self.experiment.also_batchnorm))
+        candidates = dict(by_policies(run.candidates(), self.experiment.also_batchnorm))
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         scores = self.scorer.score(candidates, keep=again)

@@ -42,6 +42,7 @@ class Watcher:
         self.done, self.label = 0, ""
         self.began = self.stepped = self.shown = 0.0  # seconds: of the run, its first step, a look
         self.first = -1  # the first step that was taken here
+        self.at_once = 1  # runs side by side
 
     def __enter__(self) -> Watcher:
         self.bar.start()
@@ -59,10 +60,14 @@ class Watcher:
         """Print a line above the bar."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def start(self, held_out: str, seed: int) -> None:
-        """A run begins."""
-        self.began, self.first = time.perf_counter(), -1
-        self.label = f"hold out {held_out}, seed {seed} [{self.done + 1}/{self.runs}]"
+    def start(self, label: str, at_once: int = 1) -> None:
+        """A run begins, or several at once."""
+        self.began, self.first, self.at_once = time.perf_counter(), -1, at_once
+        self.name(label)
+
+    def name(self, label: str) -> None:
+        """Show which run this is."""
+        self.label = f"{label} [{self.done + 1}/{self.runs}]"
         self.bar.update(self.task, description=self.label)  # the figures of the last run stay
 
     def __call__(self, run: Run) -> None:
@@ -73,8 +78,8 @@ class Watcher:
         elif run.t % FLUSH == 0 or now - self.shown > 1:
             self.shown = now
             rate = (run.t - self.first) / (now - self.stepped)
-            done = self.done * self.steps + run.t
-            left = timedelta(seconds=round((self.runs * self.steps - done) / rate))
+            done = self.done * self.steps + run.t * self.at_once
+            left = timedelta(seconds=round((self.runs * self.steps - done) / rate / self.at_once))
             loss = f"loss {run.losses.last:.3f}  " if math.isfinite(run.losses.last) else ""
             figures = f"{rate:.{0 if rate >= 10 else 1}f} steps/s  {loss}{left} left"
             self.bar.update(self.task, completed=done, figures=figures)
@@ -94,5 +99,6 @@ class Watcher:
             found.append(f"{name} {100 * test_score(shown, name)[0]:.1f}")
         seconds = time.perf_counter() - self.began
         took = f"{seconds:.1f} s" if self.first >= 0 else "done before"
+        took += f" for {self.at_once} at once" if self.first >= 0 and self.at_once > 1 else ""
         early = f", stopped at step {last['step']}" if last["step"] < steps else ""
         self.note(f"{self.title}, {self.label}: {', '.join(found)} ({took}{early})")

@@ -64,6 +64,7 @@ class Settings:
     device: str = REQUIRED
     precision: str = REQUIRED
     threads: int | None = REQUIRED
+    stack: int = REQUIRED
     evaluate: str = REQUIRED
     eval_batch_size: int = REQUIRED
     also_batchnorm: list[str] = REQUIRED

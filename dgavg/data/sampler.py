@@ -31,7 +31,8 @@ class TrainingBatches:
     The batches are the same to the bit.
 
     `domains` is how many training domains there are, `names` are theirs, and `epoch_length` is how
-    many steps show the smallest of them once: the least of `len(in) // batch_size`.
+    many steps show the smallest of them once: the least of `len(in) // batch_size`. `places` (n,)
+    says where each training image stands among all images of the data set, domain after domain.
 
     Raises `UserError` for no training domain, one twice or one that does not exist, an unknown
     augmentation, and a training domain with fewer images than one batch needs.
@@ -79,6 +80,10 @@ class TrainingBatches:
         sources = [dataset.domains[i] for i in train_domains]
         parts = [(source.images, k) for source, k in zip(sources, keys, strict=True)]
         labels = [source.labels[k] for source, k in zip(sources, keys, strict=True)]
+        starts = np.cumsum([0, *(len(domain) for domain in dataset.domains)])
+        self.places = torch.cat(
+            [k + int(starts[i]) for i, k in zip(train_domains, keys, strict=True)]
+        )
         self._images = Images(parts, self._device, resident)
         self._labels = torch.cat(labels).to(self._device)
         self._d = torch.arange(self.domains, device=self._device).repeat_interleave(batch_size)
@@ -108,6 +113,20 @@ class TrainingBatches:
             x = self._augment(images, self._augment_rng)
         return Batch(x, self._labels.index_select(0, rows), self._d, self.domains)
 
+    @property
+    def augments(self) -> bool:
+        """Whether training images are changed at random."""
+        return self._augment is not None
+
+    def rows(self, block: int) -> Tensor:
+        """Which training images make the `BLOCK` batches of a block: (BLOCK, n), into `places`."""
+        return self._draw(block)
+
+    def pooled_rows(self, batch_size: int) -> tuple[Tensor, ...]:
+        """Which training images make each batch of `pooled`, as numbers into `places`."""
+        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        return self._mixed.tensor_split(-(-len(self._mixed) // batch_size))
+
     def pooled(self, batch_size: int) -> Iterator[Tensor]:
         """All training images once, not augmented, in batches that mix the domains evenly.
 
@@ -115,8 +134,7 @@ class TrainingBatches:
         Each batch has each domain's share of the images to within one or two, and no two batches
         differ in length by more than one: a plain mean over batches is then right for batch norm.
         """
-        require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-        parts = self._mixed.tensor_split(-(-len(self._mixed) // batch_size))
+        parts = self.pooled_rows(batch_size)
         if self._images.resident:
             yield from (as_floats(self._images.take(rows)) for rows in parts)
         else:

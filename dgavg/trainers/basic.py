@@ -10,7 +10,7 @@ from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
 
 
-@trainer("basic")
+@trainer("basic", stackable=True)
 class Basic(Trainer):
     """Empirical risk minimisation: the mean cross-entropy of all training domains (Vapnik 1998).
 

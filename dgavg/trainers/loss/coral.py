@@ -10,7 +10,7 @@ from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
-@trainer("coral", min_domains=2)
+@trainer("coral", min_domains=2, stackable=True)
 class CORAL(Trainer):
     """Correlation alignment of the domains' features (Sun and Saenko 2016, arXiv 1607.01719).
 

@@ -12,7 +12,7 @@ from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
-@trainer("iberm")
+@trainer("iberm", stackable=True)
 class IBERM(Trainer):
     """IB-ERM: an information bottleneck on the features (Ahuja et al. 2021, arXiv 2106.06607).
 

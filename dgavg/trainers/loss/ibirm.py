@@ -13,7 +13,7 @@ from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
-@trainer("ibirm")
+@trainer("ibirm", stackable=True)
 class IBIRM(Trainer):
     """IB-IRM: IRM with an information bottleneck (Ahuja et al. 2021, arXiv 2106.06607).
 

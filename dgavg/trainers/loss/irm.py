@@ -12,7 +12,7 @@ from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_rows, check_weight
 
 
-@trainer("irm")
+@trainer("irm", stackable=True)
 class IRM(Trainer):
     """Invariant risk minimization, the IRMv1 penalty (Arjovsky et al. 2019, arXiv 1907.02893).
 

@@ -13,7 +13,7 @@ from dgavg.trainers.loss.checks import check_weight
 GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # one over the squared widths of the kernels
 
 
-@trainer("mmd", min_domains=2)
+@trainer("mmd", min_domains=2, stackable=True)
 class MMD(Trainer):
     """MMD: equal distributions of the features, by Gaussian kernels (Li et al. 2018, CVPR).
 

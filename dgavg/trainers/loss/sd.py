@@ -8,7 +8,7 @@ from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.loss.checks import check_weight
 
 
-@trainer("sd")
+@trainer("sd", stackable=True)
 class SD(Trainer):
     """SD: spectral decoupling, a penalty on large logits (Pezeshki et al. 2021, arXiv 2011.09468).
 

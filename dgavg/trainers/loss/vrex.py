@@ -10,7 +10,7 @@ from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
 from dgavg.trainers.loss.checks import check_weight
 
 
-@trainer("vrex", min_domains=2)
+@trainer("vrex", min_domains=2, stackable=True)
 class VREx(Trainer):
     """Risk extrapolation: the variance of domain risks (Krueger et al. 2021, arXiv 2003.00688).
 

@@ -15,7 +15,7 @@ from dgavg.trainer import Candidate, Trainer, Weights, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
-@trainer("ema")
+@trainer("ema", stackable=True)
 class EMA(Trainer):
     """Exponential moving average of the iterates (Tarvainen and Valpola 2017, arXiv 1703.01780).
 

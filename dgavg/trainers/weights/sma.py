@@ -8,7 +8,7 @@ from dgavg.trainer import Candidate, Trainer, fixed, state, trainer
 from dgavg.trainers.weights.shadow import by_step, check_shadow, offer
 
 
-@trainer("sma")
+@trainer("sma", stackable=True)
 class SMA(Trainer):
     """Simple moving average of all iterates from `start` on (Arpit et al. 2022, arXiv 2110.10832).
 

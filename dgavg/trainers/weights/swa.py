@@ -14,7 +14,7 @@ from dgavg.trainers.weights.shadow import by_epoch, check_shadow, offer
 SCHEDULES = ("constant", "late", "linear", "cosine", "cyclic", "triangle")
 
 
-@trainer("swa")
+@trainer("swa", stackable=True)
 class SWA(Trainer):
     """Stochastic weight averaging at the ends of epochs (Izmailov et al. 2018, arXiv 1803.05407).
 

@@ -1,0 +1,245 @@
+"""Runs of one chain, folds and seeds side by side, trained as one stacked network."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgavg.benchmark.experiment import Experiment, Fold
+from dgavg.benchmark.files import load_checkpoint, save_checkpoint
+from dgavg.benchmark.fold import (
+    Clock,
+    Watch,
+    by_policies,
+    check_same,
+    left_out,
+    locked,
+    settings_of_run,
+    starting,
+    threads_for,
+    write_config,
+)
+from dgavg.benchmark.journal import Journal, Moment
+from dgavg.benchmark.scored import rows_to_score
+from dgavg.chain import renew
+from dgavg.data.stacked import StackedBatches
+from dgavg.disk import make_folder, write_text
+from dgavg.errors import UserError
+from dgavg.evaluation.stacked import StackedScorer
+from dgavg.fit import fit
+from dgavg.losslog import NonFiniteLossError
+from dgavg.models.stack import Stack
+from dgavg.run import Run
+from dgavg.seeding import seed_everything
+from dgavg.stacked import StackedRun
+from dgavg.trainer import Scores
+
+Member = tuple[Fold, int]
+PAUSE = 10.0  # seconds between two checkpoints: small runs evaluate many times a second
+
+
+def stacks(experiment: Experiment) -> list[list[Member]]:
+    """The runs that are not done, side by side: at most `experiment.stack` in each list.
+
+    Those of one stack that was killed come first, together again. Folds of different numbers of
+    domains never share one.
+    """
+    every = [(fold, seed) for seed in experiment.seeds for fold in experiment.folds]
+    open_ = [m for m in every if not (experiment.run_folder(*m) / "done").exists()]
+    found = [
+        members
+        for path in sorted(_folder(experiment).glob("*.pt"))
+        if (members := _members(load_checkpoint(path))) and set(members) <= set(every)
+    ]
+    left = [m for m in open_ if m not in itertools.chain(*found)]
+    for width in sorted({len(fold) for fold, _ in left}):
+        alike = [m for m in left if len(m[0]) == width]
+        found += [alike[i : i + experiment.stack] for i in range(0, len(alike), experiment.stack)]
+    return found
+
+
+def run_stack(
+    experiment: Experiment, members: Sequence[Member], watch: Watch = lambda run: None
+) -> None:
+    """Train `members` side by side, or go on where a killed process stopped, to their `done`s.
+
+    Raises `UserError` as `run_fold` does, and for models that can't be stacked or whose epochs
+    differ in length.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ExitStack() as held:
+            one = _Stacked(experiment, members)
+            for folder, settings in zip(one.folders, one.settings, strict=True):
+                check_same(folder, settings)
+                held.enter_context(locked(folder))
+                check_same(folder, settings)
+                write_config(folder, settings)
+            one.train(watch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Stacked:
+    """Builds the runs of a stack and writes what they leave."""
+
+    def __init__(self, experiment: Experiment, members: Sequence[Member]) -> None:
+        self.experiment, self.members = experiment, list(members)
+        self.folders = [experiment.run_folder(*m) for m in members]
+        self.settings = [settings_of_run(experiment, *m) for m in members]
+        self.labels = [f"hold out {' and '.join(fold)}, seed {seed}" for fold, seed in members]
+        self.journals = [
+            Journal(folder, settings, experiment.spec, left_out(fold))
+            for folder, settings, (fold, _) in zip(
+                self.folders, self.settings, members, strict=True
+            )
+        ]
+        self.checkpoint = _folder(experiment) / f"{_digest(self.members)}.pt"
+        copies = (
+            None if experiment.protocol["augment"] != "none" else False
+        )  # else a pool serves all
+        starts = [starting(experiment, *m, resident=copies) for m in members]
+        self._check_epochs([s.batches.epoch_length for s in starts])
+        seed_everything(members[0][1])  # of dropout
+        stack = Stack([s.model for s in starts])
+        torch.set_num_threads(experiment.threads or threads_for(stack))
+        stack.to(experiment.device).train()
+        protocol, batch_size = experiment.protocol, experiment.eval_batch_size
+        parts = [s.batches for s in starts]
+        batches = StackedBatches(experiment.dataset, parts, self.labels, experiment.device)
+        self.run = StackedRun(
+            renew(experiment.trainer),
+            stack,
+            batches,
+            steps=protocol["steps"],
+            optimizer=experiment.optimizer,
+            schedule=experiment.schedule,
+            evaluate=self._evaluate,
+            eval_every=protocol["eval_every"],
+            first_eval=protocol["first_eval"],
+            precision=experiment.precision,
+        )
+        self.scorer = StackedScorer(
+            stack,
+            [
+                rows_to_score(
+                    experiment.dataset,
+                    s.splits,
+                    s.held_out,
+                    protocol,
+                    every=experiment.evaluate_all,
+                )
+                for s in starts
+            ],
+            [[p.places[rows.cpu()] for rows in p.pooled_rows(batch_size)] for p in parts],
+            batches.pool.images,
+            batches.pool.labels,
+            batch_size=batch_size,
+            forward=lambda twin, images: self.run.forward(images, twin)[1],
+        )
+        self.clock, self.saved = Clock(), time.perf_counter()
+
+    def _check_epochs(self, lengths: Sequence[int]) -> None:
+        if len(set(lengths)) > 1:
+            raise UserError(
+                f"stack={self.experiment.stack}: epochs have {min(lengths)} to {max(lengths)} "
+                "steps in different folds: write stack=1"
+            )
+
+    def train(self, watch: Watch) -> None:
+        """Train to the end; then, and only then, write what says that each run is done."""
+        if self.checkpoint.exists():
+            self._resume()
+        for journal in self.journals:
+            journal.write()
+        fit(self.run, after_step=watch, after_eval=lambda run: self._save_now_and_then())
+        self._save()  # a process killed while it writes the rest has nothing to train again
+        for folder in self.folders:
+            write_text(folder / "done", "done")
+        self.checkpoint.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        saved = load_checkpoint(self.checkpoint)
+        torch.set_num_threads(saved["threads"])
+        self.run.load_state_dict(saved["run"])
+        for journal, lines in zip(self.journals, saved["records"], strict=True):
+            journal.restore(lines)
+        self.clock = Clock(spent=saved["seconds"])
+
+    def _save_now_and_then(self) -> None:
+        if time.perf_counter() - self.saved >= PAUSE:
+            self._save()
+
+    def _save(self) -> None:
+        for journal in self.journals:
+            journal.write()
+        make_folder(self.checkpoint.parent)
+        content = {
+            "members": [[list(fold), seed] for fold, seed in self.members],
+            "run": self.run.state_dict(),
+            "records": [journal.lines for journal in self.journals],
+            "seconds": self.clock.read(),
+            "threads": torch.get_num_threads(),
+        }
+        save_checkpoint(self.checkpoint, content)
+        self.saved = time.perf_counter()
+
+    def _evaluate(self, run: Run) -> Scores:
+        """Score and note; no link of a stack decides by scores, so none are given back."""
+        candidates = dict(by_policies(run.candidates(), self.experiment.also_batchnorm))
+        scores = self.scorer.score(candidates)
+        losses = list(self._losses())
+        for r, journal in enumerate(self.journals):
+            self._check_finite(r, scores[r]["live"].values())
+            moment = Moment(
+                step=run.t,
+                epoch=run.t / run.epoch_length,
+                closed=run.closed,
+                lr=run.optimizer.param_groups[0]["lr"],
+                losses=losses[r],
+                seconds=self.clock.read(),
+            )
+            journal.add(moment, candidates, scores[r], lambda k, r=r: self.scorer.weights(k, r))  # type: ignore[misc]
+        return {}
+
+    def _losses(self) -> Iterator[dict[str, float]]:
+        """Of each run, what its own loss log would say."""
+        means = self.run.losses.read()
+        names = self.run.names
+        each = len(names) // len(self.members)
+        for r in range(len(self.members)):
+            mine = names[r * each : (r + 1) * each]
+            risks = {f"risk/{k.rpartition(' (')[0]}": means[f"risk/{k}"] for k in mine}
+            start = f"term/{r}/"
+            terms = {k: v for k, v in means.items() if k.startswith(start)}
+            total = math.fsum(risks.values()) / each + math.fsum(terms.values())
+            named = {f"term/{k.removeprefix(start)}": v for k, v in terms.items()}
+            yield {"total": total, **risks, **named}
+
+    def _check_finite(self, r: int, scores: Any) -> None:
+        if not all(math.isfinite(score.loss) for score in scores):
+            raise NonFiniteLossError(
+                f"step {self.run.t}: the loss of the live weights is not finite "
+                f"({self.labels[r]}); try a lower optimizer.lr or a smaller weight"
+            )
+
+
+def _folder(experiment: Experiment) -> Path:
+    return experiment.folder / ".stacks"
+
+
+def _digest(members: Sequence[Member]) -> str:
+    return hashlib.sha256(json.dumps(members).encode()).hexdigest()[:8]
+
+
+def _members(saved: dict[str, Any]) -> list[Member]:
+    return [(tuple(fold), seed) for fold, seed in saved["members"]]

@@ -1,0 +1,181 @@
+"""Stack: models of one structure trained as one network, whose tensors hold theirs side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgavg.errors import UserError
+from dgavg.models.model import Model
+
+EACH = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Identity, nn.Dropout)
+
+
+class Stack(nn.Module):
+    """R models as one: for small ones, where a step costs more calls than arithmetic.
+
+    Inputs are (R·N, ...), the N rows of the first model, then those of the second, and so are
+    features (R·N, F) and logits (R·N, classes). `state_dict` has the names of one model, each
+    tensor with an axis of R in front. No model's output or gradient depends on another's.
+
+    Raises `UserError` for a model with a layer that has no stacked form; those that have: linear,
+    1-D batch norm, flatten, and what acts on each number alone. Dropout draws for all at once, so
+    other masks than each model would draw.
+    """
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        super().__init__()
+        self.count = len(models)
+        self.featurizer = Rows(_stacked([m.featurizer for m in models]), self.count)
+        self.classifier = Rows(_stacked([m.classifier for m in models]), self.count)
+        self.train(models[0].training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (R·N, classes) of inputs (R·N, ...)."""
+        logits: Tensor = self.classifier(self.featurizer(x))
+        return logits
+
+
+def part(tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
+    """Of the tensors of a stack those of model `r`, by the names that the model has for them."""
+    return {name.replace(".stacked", "", 1): tensor[r] for name, tensor in tensors.items()}
+
+
+class Rows(nn.Module):
+    """Runs stacked layers, which take (R, F, N), on rows: (R·N, ...) to (R·N, F).
+
+    Batch norm and the products with weights are quickest where a model's rows stand last.
+    """
+
+    def __init__(self, stacked: nn.Module, count: int) -> None:
+        super().__init__()
+        self.stacked, self.count = stacked, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R·N, F) of (R·N, ...)."""
+        out: Tensor = self.stacked(x.reshape(self.count, -1, x[0].numel()).mT)
+        return out.mT.reshape(len(x), -1)
+
+
+class StackedLinear(nn.Module):
+    """R linear layers: (R, in, N) to (R, out, N)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([k.weight.detach() for k in layers]))
+        biases = [k.bias.detach() for k in layers if k.bias is not None]
+        self.register_parameter("bias", nn.Parameter(torch.stack(biases)) if biases else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each model's product with its own weights."""
+        if self.bias is None:
+            return torch.bmm(self.weight, x)
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, x)
+
+
+class StackedBatchNorm(nn.Module):
+    """R batch-norm layers: (R, F, N) to its shape, each model normalised by its own N rows.
+
+    In `moments`, where that is set, the exact moments of all rows that come are collected, and what
+    comes is normalised by itself; see `StackedMoments`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layers: Sequence[nn.BatchNorm1d]) -> None:
+        super().__init__()
+        first = layers[0]
+        assert first.momentum is not None
+        self.eps, self.momentum = first.eps, first.momentum
+        self.moments: StackedMoments | None = None
+        for name, _ in first.named_parameters():
+            both = torch.stack([k.get_parameter(name).detach() for k in layers])
+            self.register_parameter(name, nn.Parameter(both))
+        for name, _ in first.named_buffers():
+            self.register_buffer(name, torch.stack([k.get_buffer(name) for k in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised, scaled and shifted."""
+        if self.moments is not None:
+            normal = self.moments.take(x, self.eps)
+            return torch.addcmul(self.bias.unsqueeze(2), self.weight.unsqueeze(2), normal)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            x.reshape(1, -1, x.shape[2]),
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            self.training,
+            self.momentum,
+            self.eps,
+        ).view_as(x)
+
+
+class StackedMoments:
+    """Mean and squared deviations of all rows a stacked layer saw, merged batch by batch.
+
+    As `dgavg.averaging.moments.Moments`, for R models (Chan, Golub and LeVeque 1983). `mask`, set
+    before each batch, is (R, 1, N): 1 for a row, 0 for what only fills up a model's share.
+    """
+
+    def __init__(self, layer: StackedBatchNorm) -> None:
+        self.layer, self.mask = layer, torch.empty(0)
+        shape = layer.running_mean.shape
+        self.n = torch.zeros(shape[0], 1, dtype=torch.float64, device=layer.running_mean.device)
+        self.mean = torch.zeros(shape, dtype=torch.float64, device=self.n.device)
+        self.m2 = torch.zeros_like(self.mean)
+
+    def take(self, x: Tensor, eps: float) -> Tensor:
+        """Note a batch (R, F, N); returns it normalised by its own rows, in float32."""
+        x, mask = x.float(), self.mask
+        n = mask.sum(dim=2)
+        mean = (x * mask).sum(dim=2) / n
+        deviations = (x - mean.unsqueeze(2)) * mask
+        m2 = deviations.square().sum(dim=2)
+        total, delta = self.n + n, mean - self.mean
+        self.mean += delta * (n / total)
+        self.m2 += m2 + delta.square() * (self.n * n / total)
+        self.n = total
+        return deviations * torch.rsqrt(m2 / n + eps).unsqueeze(2)
+
+    def write(self) -> None:
+        """Make these the layer's running statistics."""
+        self.layer.running_mean.copy_(self.mean)
+        self.layer.running_var.copy_(self.m2 / (self.n - 1).clamp(min=1))
+
+
+def _stacked(layers: Sequence[nn.Module]) -> nn.Module:
+    """One layer that does what each of `layers`, which have one structure, does to its rows."""
+    first: Any = layers[0]
+    found: nn.Module | None = None
+    if type(first) is nn.Sequential:
+        parts = [dict(layer.named_children()) for layer in layers]
+        found = nn.Sequential(OrderedDict((k, _stacked([p[k] for p in parts])) for k in parts[0]))
+    elif type(first) is nn.Linear:
+        found = StackedLinear(cast(Sequence[nn.Linear], layers))
+    elif type(first) is nn.BatchNorm1d:
+        plain = first.affine and first.track_running_stats and first.momentum is not None
+        if plain and not getattr(first, "frozen", False):
+            found = StackedBatchNorm(cast(Sequence[nn.BatchNorm1d], layers))
+    elif type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1):
+        found = nn.Identity()  # rows come flat
+    elif type(first) in EACH:
+        found = copy.deepcopy(first)
+    if found is None:
+        raise UserError(f"stack: no stacked form of {first} is known: write stack=1")
+    return found

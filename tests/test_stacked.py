@@ -1,0 +1,275 @@
+"""A stack of runs against the same runs, one by one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dgavg import Run, UserError, chain, fit
+from dgavg.benchmark.experiment import experiments
+from dgavg.benchmark.stacked import run_stack, stacks
+from dgavg.chain import find_trainer, known_trainers
+from dgavg.config import compose, plain
+from dgavg.data import Domain, DomainDataset, TrainingBatches, make_splits
+from dgavg.data.stacked import StackedBatches
+from dgavg.models import Model, build_model
+from dgavg.models.stack import Stack, part
+from dgavg.stacked import StackedRun
+
+STACKABLE = sorted(name for name in known_trainers() if find_trainer(name).stackable)
+SETTINGS = {
+    "sma": {"start": 2},
+    "ema": {"decay": 0.7},
+    "swa": {"start": 0.2},
+    "lawa": {"start": 0, "k": 2},
+    "posthocema": {"start": 0},
+    "mmd": {"weight": 0.1},  # its kernel makes much of what rounding does to small distances
+    "irm": {"weight": 3.0, "anneal": 2},
+    "vrex": {"weight": 3.0, "anneal": 2},
+    "ibirm": {"weight": 0.1, "irm_weight": 0.5, "irm_anneal": 1, "anneal": 2},
+    "iberm": {"weight": 0.1, "anneal": 2},
+}
+STEPS, FOLDS = 12, [(0, 0), (1, 0), (2, 5)]  # held out, seed
+
+
+def toy():
+    random = torch.Generator().manual_seed(0)
+
+    def domain(name):
+        images = torch.randint(0, 256, (15, 1, 2, 3), generator=random).to(torch.uint8)
+        return Domain(name, images, torch.randint(0, 3, (15,), generator=random))
+
+    return DomainDataset("toy", tuple(map(domain, "abcd")), ("x", "y", "z"))
+
+
+def parts(dataset):
+    found = []
+    for held_out, seed in FOLDS:
+        torch.manual_seed(seed)
+        splits = make_splits(dataset, 0.2, trial_seed=seed)
+        train = [i for i in range(4) if i != held_out]
+        batches = TrainingBatches(dataset, splits, train, batch_size=4, seed=seed, device="cpu")
+        found.append((batches, build_model("mlp", dataset.input_shape, 3, width=8).train()))
+    return found
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def links(name):
+    spec = name if name == "basic" else f"{name}_basic"
+    return chain(spec, **({name: SETTINGS[name]} if name in SETTINGS else {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", STACKABLE)
+def test_a_stack_trains_each_model_as_a_run_of_its_own(name, precision):
+    """bf16 rounds losses to two or three digits: there only the first steps can be compared."""
+    dataset, steps = toy(), STEPS if precision == "fp32" else 4
+    alone = []
+    for batches, model in parts(dataset):
+        run = Run(links(name), model, batches, steps=steps, optimizer=sgd, precision=precision)
+        fit(run)
+        alone.append(run)
+    made = parts(dataset)
+    together = StackedRun(
+        links(name),
+        Stack([model for _, model in made]),
+        StackedBatches(dataset, [b for b, _ in made], ["p", "q", "r"], torch.device("cpu")),
+        steps=steps,
+        optimizer=sgd,
+        precision=precision,
+    )
+    fit(together)
+    close = {"rtol": 1e-3, "atol": 1e-3 if name == "mmd" else 2e-5}
+    close = close if precision == "fp32" else {"rtol": 0.1, "atol": 0.05}
+    theirs = together.candidates()
+    for r, run in enumerate(alone):
+        mine = run.candidates()
+        assert mine.keys() == theirs.keys()
+        for candidate, expected in mine.items():
+            found = part(theirs[candidate].weights, r)
+            assert theirs[candidate].batchnorm == expected.batchnorm
+            assert found.keys() == expected.weights.keys()
+            for key, tensor in expected.weights.items():
+                torch.testing.assert_close(found[key], tensor, **close)
+
+
+def test_every_kind_of_link_is_there():
+    assert {"basic", "ma", "sma", "ema", "swa", "lawa", "irm", "vrex", "coral"} <= set(STACKABLE)
+
+
+def test_what_looks_at_a_run_as_a_whole_is_refused():
+    dataset = toy()
+    made = parts(dataset)
+    batches = StackedBatches(dataset, [b for b, _ in made], ["p", "q", "r"], torch.device("cpu"))
+    stack = Stack([model for _, model in made])
+    with pytest.raises(UserError, match=r"'sam' in 'sam_basic' .* stack=1"):
+        StackedRun("sam_basic", stack, batches, steps=4)
+    with pytest.raises(UserError, match=r"no clip=1\.0"):
+        StackedRun("basic", stack, batches, steps=4, clip=1.0)
+    with pytest.raises(UserError, match="no precision=fp16"):
+        StackedRun("basic", stack, batches, steps=4, precision="fp16")
+
+
+def test_a_layer_without_a_stacked_form_is_named():
+    convolution = Model(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), nn.Linear(8, 3))
+    with pytest.raises(UserError, match=r"no stacked form of Conv2d\(1, 2.* stack=1"):
+        Stack([convolution, convolution])
+
+
+def settings(tmp_path, *words):
+    given = [
+        "trainer=sma_swa_irm_basic",
+        "trainer.sma.start=5",
+        "trainer.irm.anneal=10",
+        "trainer.irm.weight=1",
+        "protocol.steps=31",
+        "protocol.eval_every=10",
+        "protocol.batch_size=8",
+        "optimizer=sgd",
+        "optimizer.lr=0.02",
+        "also_batchnorm=[keep]",
+        "seeds=[0,3]",
+        "holdout=[0,45]",
+        f"runs={tmp_path}",
+        *words,
+    ]
+    return experiments(plain(compose(given)))[0]
+
+
+def records(experiment):
+    found = {}
+    for fold, seed in itertools.product(experiment.folds, experiment.seeds):
+        lines = (experiment.run_folder(fold, seed) / "records.jsonl").read_text().splitlines()
+        found[fold, seed] = [json.loads(line) for line in lines]
+        for record in found[fold, seed]:
+            del record["timing"]
+    return found
+
+
+def numbers(value):
+    if isinstance(value, dict):
+        return [x for v in value.values() for x in numbers(v)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_records_and_weights_of_a_stack_are_those_of_its_runs(tmp_path):
+    from safetensors.torch import load_file
+
+    from dgavg.benchmark.fold import run_fold
+
+    alone = settings(tmp_path / "alone")
+    for fold, seed in itertools.product(alone.folds, alone.seeds):
+        run_fold(alone, fold, seed)
+    together = settings(tmp_path / "together", "stack=3")
+    assert [len(members) for members in stacks(together)] == [3, 1]
+    for members in stacks(together):
+        run_stack(together, members)
+    assert stacks(together) == []
+    mine, theirs = records(together), records(alone)
+    for key, lines in theirs.items():
+        assert len(mine[key]) == len(lines) == 4
+        for record, expected in zip(mine[key], lines, strict=True):
+            assert list(record) == list(expected)
+            assert list(record["losses"]) == list(expected["losses"])
+            assert record["losses"] == pytest.approx(expected["losses"], rel=1e-3, abs=1e-6)
+            assert record["candidates"].keys() == expected["candidates"].keys()
+            for name, found in record["candidates"].items():
+                other = expected["candidates"][name]
+                assert found["batchnorm"] == other["batchnorm"]
+                assert list(found["splits"]) == list(other["splits"])
+                for split, score in found["splits"].items():
+                    assert score["n"] == other["splits"][split]["n"]
+                    assert score["loss"] == pytest.approx(other["splits"][split]["loss"], rel=1e-3)
+                    near = 2.5 / score["n"]
+                    accuracy = other["splits"][split]["accuracy"]
+                    assert score["accuracy"] == pytest.approx(accuracy, abs=near)
+    for fold, seed in theirs:
+        files = {p.name for p in (alone.run_folder(fold, seed) / "weights").iterdir()}
+        assert files == {p.name for p in (together.run_folder(fold, seed) / "weights").iterdir()}
+        for name in files:
+            one, other = (
+                load_file(e.run_folder(fold, seed) / "weights" / name) for e in (alone, together)
+            )
+            assert one.keys() == other.keys()
+            for k in one:
+                torch.testing.assert_close(other[k], one[k], rtol=1e-3, atol=1e-3)
+    assert not list((together.folder / ".stacks").iterdir())
+
+
+@pytest.mark.parametrize("at", [7, 10, 25])
+def test_a_stopped_stack_goes_on_to_the_bit(tmp_path, monkeypatch, at):
+    class Stop(Exception):
+        pass
+
+    def stop(run):
+        if run.t == at:
+            raise Stop
+
+    monkeypatch.setattr("dgavg.benchmark.stacked.PAUSE", 0.0)
+    whole, killed = settings(tmp_path / "whole", "stack=4"), settings(tmp_path / "cut", "stack=4")
+    (members,) = stacks(whole)
+    run_stack(whole, members)
+    with pytest.raises(Stop):
+        run_stack(killed, members, stop)
+    assert stacks(killed) == [members]
+    run_stack(killed, members)
+    assert records(killed) == records(whole)
+    for fold, seed in members:
+        for path in (whole.run_folder(fold, seed) / "weights").iterdir():
+            other = killed.run_folder(fold, seed) / "weights" / path.name
+            assert other.read_bytes() == path.read_bytes()
+
+
+def test_a_stack_killed_while_it_says_done_is_taken_up_whole(tmp_path):
+    experiment = settings(tmp_path, "stack=4")
+    (members,) = stacks(experiment)
+    seen = {}
+
+    def stop(run):
+        if run.t == run.steps:
+            seen["last"] = True
+
+    run_stack(experiment, members, stop)
+    expected = records(experiment)
+    assert seen
+    # as it stands when the process dies between the first `done` and the second
+    again = settings(tmp_path / "again", "stack=4")
+    monkey = pytest.MonkeyPatch()
+    written = []
+
+    def write_text(path, text):
+        if path.name == "done" and written:
+            raise OSError("killed")
+        written.append(path)
+        path.write_text(text)
+
+    monkey.setattr("dgavg.benchmark.stacked.write_text", write_text)
+    with pytest.raises(OSError, match="killed"):
+        run_stack(again, members)
+    monkey.undo()
+    assert stacks(again) == [members]
+    run_stack(again, members)
+    assert stacks(again) == []
+    assert records(again) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optimizer.clip=1.0", r"stack=2 takes no optimizer\.clip=1\.0"),
+        ("precision=fp16", "stack=2 takes no precision=fp16"),
+        ("stopping.candidate=live", r"stack=2 takes no stopping\.candidate=live"),
+        ("trainer=swad_basic", "'swad' in 'swad_basic' looks at a run as a whole"),
+    ],
+)
+def test_what_a_stack_can_not_do_is_refused_before_anything_is_written(tmp_path, word, message):
+    with pytest.raises(UserError, match=message):
+        experiments(plain(compose(["trainer=basic", "stack=2", f"runs={tmp_path}/r", word])))
+    assert not (tmp_path / "r").exists()
