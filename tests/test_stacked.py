@@ -205,18 +205,18 @@ def test_records_and_weights_of_a_stack_are_those_of_its_runs(tmp_path):
 
 @pytest.mark.parametrize("at", [7, 10, 25])
 def test_a_stopped_stack_goes_on_to_the_bit(tmp_path, monkeypatch, at):
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(run):
         if run.t == at:
-            raise Stop
+            raise StopError
 
     monkeypatch.setattr("dgavg.benchmark.stacked.PAUSE", 0.0)
     whole, killed = settings(tmp_path / "whole", "stack=4"), settings(tmp_path / "cut", "stack=4")
     (members,) = stacks(whole)
     run_stack(whole, members)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run_stack(killed, members, stop)
     assert stacks(killed) == [members]
     run_stack(killed, members)

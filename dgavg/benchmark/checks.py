@@ -25,11 +25,16 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
         (protocol["selection"], tuple(RULES), "protocol.selection"),
         (protocol["splits"], ("domainbed", "official"), "protocol.splits"),
         (settings["precision"], tuple(PRECISIONS), "precision"),
-        (settings["evaluate"], ("selection", "all"), "evaluate"),
+        (settings["evaluate"], ("selection", "picked", "all"), "evaluate"),
         (settings["logger"], (None, "tensorboard"), "logger"),
     ):
         shown = ", ".join("null" if c is None else c for c in choices)
         require(value in choices, f"{name}={value}: choose one of {shown}")
+    require(
+        settings["evaluate"] != "picked" or protocol["selection"] == "validation",
+        f"evaluate=picked goes by validation, but protocol.selection={protocol['selection']}: "
+        "write evaluate=selection",
+    )
     for policy in settings["also_batchnorm"]:
         if policy not in ALSO:
             raise unknown("batch-norm policy", policy, ALSO, "also_batchnorm")
@@ -65,6 +70,7 @@ def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:
         ("optimizer.clip", settings["optimizer"].get("clip"), (None,)),
         ("precision", settings["precision"], ("fp32", "bf16")),
         ("logger", settings["logger"], (None,)),
+        ("evaluate", settings["evaluate"], ("selection", "all")),
     ):
         require(value in fine, f"stack={settings['stack']} takes no {name}={value}: write stack=1")
 

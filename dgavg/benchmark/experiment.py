@@ -63,6 +63,7 @@ class Experiment:
     precision: str
     clip: float | None
     evaluate_all: bool
+    evaluate_picked: bool
     eval_batch_size: int
     also_batchnorm: tuple[str, ...]
     threads: int | None
@@ -206,6 +207,7 @@ def build(
         precision=settings["precision"],
         clip=clip,
         evaluate_all=settings["evaluate"] == "all",
+        evaluate_picked=settings["evaluate"] == "picked",
         eval_batch_size=settings["eval_batch_size"],
         also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],

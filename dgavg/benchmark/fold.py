@@ -330,7 +330,10 @@ class _Fold:
         candidates = dict(by_policies(run.candidates(), self.experiment.also_batchnorm))
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
-        scores = self.scorer.score(candidates, keep=again)
+        # of what is not picked nobody reads how it did on the held-out domain
+        sparing = self.experiment.evaluate_picked and run.t < run.steps
+        tested = self.journal.picks if sparing else None
+        scores = self.scorer.score(candidates, keep=again, tested=tested)
         moment = Moment(
             step=run.t,
             epoch=run.t / run.epoch_length,

@@ -64,6 +64,13 @@ class Journal:
         self.lines = list(lines)
         self.records = [json.loads(line) for line in self.lines]
 
+    def picks(self, scores: Mapping[str, Mapping[str, SplitScore]]) -> list[str]:
+        """The candidates of which selection would pick these scores over all so far."""
+        record = {**self.left_out, "candidates": _as_record(scores)}
+        rule = self.settings["protocol"]["selection"]
+        last = len(self.records)
+        return [k for k in scores if selected_step([*self.records, record], k, rule) == last]
+
     def add(
         self,
         moment: Moment,
@@ -83,11 +90,8 @@ class Journal:
             "lr": moment.lr,
             "losses": dict(moment.losses),
             "candidates": {
-                name: {
-                    "batchnorm": candidates[name].batchnorm,
-                    "splits": {split: asdict(score) for split, score in found.items()},
-                }
-                for name, found in scores.items()
+                name: {"batchnorm": candidates[name].batchnorm, **found}
+                for name, found in _as_record(scores).items()
                 if not candidates[name].probe
             },
             "timing": {"seconds": moment.seconds},
@@ -109,3 +113,10 @@ class Journal:
             save_weights(self.folder / "weights" / f"{name}.safetensors", weights, notes)
         self._picked.clear()
         write_text(self.folder / "records.jsonl", "".join(self.lines))
+
+
+def _as_record(scores: Mapping[str, Mapping[str, SplitScore]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"splits": {split: asdict(score) for split, score in found.items()}}
+        for name, found in scores.items()
+    }

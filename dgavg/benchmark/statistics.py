@@ -75,7 +75,17 @@ def rank_correlation(records: Records, candidate: str) -> float | None:
 
 
 def _curve(records: Records, candidate: str) -> list[tuple[float, float]]:
-    """Validation and test accuracy at each checkpoint; empty where there are no such."""
+    """Validation and test accuracy at each checkpoint; empty where there are no such.
+
+    Also where only picked checkpoints were tested, which are no fair sample of all.
+    """
+    if not all(
+        f"{record['held_out']}/in" in found["splits"]
+        for record in records
+        for name, found in record["candidates"].items()
+        if name == candidate
+    ):
+        return []
     found = [
         (validation_score(splits, held_out_of(record)), test_score(record, candidate)[0])
         for record in records

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,8 +74,17 @@ class Scorer:
         self._kept: dict[str, _Kept] = {}
 
     @torch.no_grad()
-    def score(self, candidates: Mapping[str, Candidate], *, keep: bool = False) -> dict[str, Found]:
+    def score(
+        self,
+        candidates: Mapping[str, Candidate],
+        *,
+        keep: bool = False,
+        tested: Callable[[Mapping[str, Found]], Collection[str]] | None = None,
+    ) -> dict[str, Found]:
         """Scores by candidate and split; candidates that are equal are scored once.
+
+        `tested`, where it is given, says by the scores on all other splits which candidates are
+        scored on those held out.
 
         With `keep` the next call takes over what it would find again: the scores of a candidate
         that has the same name, policy, tensors to the bit, and modes. It pays where weights may
@@ -101,8 +110,16 @@ class Scorer:
         )
         for twin in itertools.chain(*twins.values()):
             twin.eval()
-        probes = {k for k, c in new.items() if c.probe}
-        found = self._by_candidate({k: twins[k] for k in new}, probes)
+        test = [k for k, c in new.items() if not c.probe]
+        mine = {k: twins[k] for k in new}
+        if tested is None:
+            found = self._by_candidate(mine, test)
+        else:
+            found = self._by_candidate(mine, ())
+            chosen = tested({k: found[f] for k, f in first.items() if f in found})
+            test = [k for k in test if any(first[c] == k for c in chosen)]
+            rest = self._by_candidate({k: twins[k] for k in test}, test, others=False)
+            found = {k: scores | rest.get(k, {}) for k, scores in found.items()}
         found |= {k: before.scores for k, before in same.items()}
         scores = {k: dict(found[f]) for k, f in first.items()}
         if keep:
@@ -128,18 +145,18 @@ class Scorer:
         return self._prediction(self._twins[name], images)
 
     def _by_candidate(
-        self, twins: Mapping[str, list[nn.Module]], probes: set[str]
+        self, twins: Mapping[str, list[nn.Module]], tested: Collection[str], *, others: bool = True
     ) -> dict[str, Found]:
+        """Scores of all on the splits not held out, if `others`, and of the `tested` on those."""
+        wanted = {True: bool(tested), False: others and bool(twins)}  # by: is it held out?
+        plans = [p for p in self._plans() if wanted[p[0][0] in self.held_out]]
         sums: dict[tuple[str, str], Tensor] = {}
-        for rows, images, labels in self._batches():
-            held_out = not self.held_out.isdisjoint(rows)
-            names = [name for name in twins if not (held_out and name in probes)]
-            if not names:
-                continue
+        for rows, images, labels in self._batches(plans):
+            names = list(tested if not self.held_out.isdisjoint(rows) else twins)
             logits = torch.stack([self._prediction(twins[name], images) for name in names])
             right = (logits.argmax(dim=2) == labels).to(logits.dtype)
-            wanted = labels.expand(len(names), -1)
-            loss = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+            targets = labels.expand(len(names), -1)
+            loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
             each = torch.stack([right, loss], dim=-1)  # (candidates, rows, 2)
             parts = torch.split(each, list(rows.values()), dim=1)
             for split, part in zip(rows, parts, strict=True):
@@ -163,9 +180,8 @@ class Scorer:
         found = torch.stack([self.forward(m, images).log_softmax(dim=1) for m in members])
         return found.logsumexp(dim=0) - math.log(len(members))
 
-    def _batches(self) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
+    def _batches(self, plans: list[Plan]) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
         """Images that are not on the device are brought there while the batch before is scored."""
-        plans = list(self._plans())
         held = all(split.resident for split in self.splits.values())
         gathered = map(self._gather, plans) if held else ahead(self._gather, plans)
         for plan, images in zip(plans, gathered, strict=True):

@@ -234,6 +234,11 @@ def _convert(source: _Source, candidate: str) -> ForeignRun:
 
 def _record(record: Record, candidate: str, source: _Source) -> dict[str, Any]:
     splits = record["candidates"][candidate]["splits"]
+    require(
+        f"{record['held_out']}/in" in splits,
+        f"step {record['step']} of {record['chain']} was not scored on {record['held_out']!r}, as "
+        "DomainBed's tables need it: train with evaluate=selection, not picked",
+    )
     found: dict[str, Any] = {
         "step": record["step"] - (record.get("phase") != "after_fit"),
         "epoch": record.get("epoch"),
