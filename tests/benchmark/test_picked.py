@@ -90,6 +90,6 @@ def test_what_reads_every_checkpoint_says_so(both):
 
 
 def test_other_rules_are_refused(tmp_path):
-    with pytest.raises(UserError, match="evaluate=picked goes by validation, but .*=last: write"):
+    with pytest.raises(UserError, match=r"evaluate=picked goes by validation, but .*=last: write"):
         train(tmp_path / "r", "picked", **{"protocol.selection": "last"})
     assert not (tmp_path / "r").exists()
