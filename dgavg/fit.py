@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from dgavg.run import Run
 from dgavg.trainer import Trainer
 
@@ -43,6 +45,9 @@ def fit(
 
 def step(run: Run) -> None:
     """One step, and what follows it: a look at the losses now and then, the links' taps."""
+    if run.compiled:
+        # what the last step gave is read no more
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     run.losses.write(run.step(run.batches(run.t)))
     run.t += 1
     run.tap("after_step")

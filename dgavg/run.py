@@ -22,6 +22,7 @@ from dgavg.settings import check_type
 from dgavg.trainer import TAPS, Candidate, Scores, Trainer, Weights
 from dgavg.update import Update
 
+COMPILE = ("default", "reduce-overhead", "max-autotune")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -80,6 +81,8 @@ class Run:
     at the end (0: at the end alone), for the first time at `first_eval`; `stopping(scores so far)`
     returns why to stop, or "".
     `precision` is `fp32`, `bf16` or `fp16` (autocast, weights stay float32; fp16 scales the loss).
+    `compile` is a mode of `torch.compile` for the passes of training: `default`, `reduce-overhead`
+    (CUDA graphs) or `max-autotune`.
     `clip` is the largest norm that the gradient of an update may have. `seed` seeds the draws of
     `run.random`; the global generators are the caller's.
 
@@ -100,6 +103,7 @@ class Run:
         first_eval: int | None = None,
         stopping: Callable[[list[Scores]], str] = lambda scores: "",
         precision: str = "fp32",
+        compile: str | None = None,
         clip: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -112,6 +116,9 @@ class Run:
             require(hasattr(batches, part), f"batches has no {part}: see dgavg.run.Batches")
         require(callable(optimizer), "optimizer is a function of the parameters that makes one")
         require(precision in PRECISIONS, f"precision={precision}: choose {', '.join(PRECISIONS)}")
+        require(
+            compile in (None, *COMPILE), f"compile={compile}: choose none or {', '.join(COMPILE)}"
+        )
         require(clip is None or clip > 0, f"clip={clip}: a number above 0, or none")
         for part in ("featurizer", "classifier"):
             require(
@@ -144,6 +151,9 @@ class Run:
 
         links = list(trainer)[::-1]  # innermost first: the order of taps
         adapt(trainer, model, len(self.names))
+        self.compiled = compile is not None
+        for name in ("featurizer", "classifier") if self.compiled else ():
+            model.get_submodule(name).compile(mode=compile)  # in place: no name changes
         self.live: Weights = model.state_dict()  # aliases of the live tensors, taken once
         self.hidden: Weights = {k: v for k, v in model.named_buffers() if k not in self.live}
         weights = {k for k, _ in model.named_parameters(remove_duplicate=False)}

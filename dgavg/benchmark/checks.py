@@ -9,9 +9,9 @@ import torch
 
 from dgavg.benchmark.tensorboard import summary_writer
 from dgavg.chain import function_name, spec_of
-from dgavg.errors import require, unknown
+from dgavg.errors import UserError, require, unknown
 from dgavg.evaluation import RULES, Stopping
-from dgavg.run import PRECISIONS
+from dgavg.run import COMPILE, PRECISIONS
 from dgavg.stacked import check_stackable
 from dgavg.trainer import Trainer
 
@@ -69,6 +69,7 @@ def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:
         ("stopping.candidate", settings["stopping"]["candidate"], (None,)),
         ("optimizer.clip", settings["optimizer"].get("clip"), (None,)),
         ("precision", settings["precision"], ("fp32", "bf16")),
+        ("compile", settings["compile"], (False, None)),
         ("logger", settings["logger"], (None,)),
         ("evaluate", settings["evaluate"], ("selection", "all")),
     ):
@@ -94,6 +95,27 @@ def check_functions(trainer: Trainer) -> None:
                 f"trainer.{link.name}.{key} is {name}: records could not tell it from another; "
                 "give it a name, as a function of a module",
             )
+
+
+def find_compile(value: Any, device: torch.device) -> str | None:
+    """The mode of `torch.compile` that `compile` means; none where it is false.
+
+    Raises `UserError` for another value, and on a CPU where there is no C++ compiler.
+    """
+    if value in (False, None):
+        return None
+    mode = "default" if value is True else str(value)
+    require(mode in COMPILE, f"compile={value}: choose false, true, {', '.join(COMPILE[1:])}")
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            message = f"compile={value} needs a C++ compiler: install g++, or set CXX to one"
+            raise UserError(message) from None
+    return mode
 
 
 def find_device(name: str) -> torch.device:

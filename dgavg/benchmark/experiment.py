@@ -21,6 +21,7 @@ from dgavg.benchmark.checks import (
     check_stack,
     check_stopping,
     check_without_validation,
+    find_compile,
     find_device,
 )
 from dgavg.chain import chain, check, settings_of, spec_of
@@ -61,6 +62,7 @@ class Experiment:
     init_seed: int | None
     device: torch.device
     precision: str
+    compile: str | None
     clip: float | None
     evaluate_all: bool
     evaluate_picked: bool
@@ -151,6 +153,7 @@ def build(
     if protocol["holdout_fraction"] == 0:
         check_without_validation(trainer, stopping, protocol["selection"])
     device = find_device(settings["device"])
+    compile_mode = find_compile(settings["compile"], device)
     optimizer = dict(settings["optimizer"])
     schedule, clip = _schedule(optimizer, protocol["steps"])
     check(trainer, steps=protocol["steps"])
@@ -180,6 +183,8 @@ def build(
     for key in ("init_seed", "also_batchnorm"):
         if settings[key] not in (None, []):  # runs without them keep their names
             identity[key] = settings[key]
+    if compile_mode is not None:
+        identity["compile"] = compile_mode
     if settings["stack"] > 1:  # sums are rounded otherwise
         identity["stack"] = settings["stack"]
     identity = json.loads(json.dumps(identity, default=list))
@@ -205,6 +210,7 @@ def build(
         init_seed=settings["init_seed"],
         device=device,
         precision=settings["precision"],
+        compile=compile_mode,
         clip=clip,
         evaluate_all=settings["evaluate"] == "all",
         evaluate_picked=settings["evaluate"] == "picked",

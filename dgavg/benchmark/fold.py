@@ -36,6 +36,7 @@ from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
 from dgavg.models import Model
+from dgavg.models.model import lay_out
 from dgavg.run import Run
 from dgavg.seeding import random_state, seed_everything, set_random_state
 from dgavg.trainer import Candidate, Scores
@@ -245,6 +246,7 @@ class _Fold:
         self.batches, model = start.batches, start.model
         torch.set_num_threads(experiment.threads or threads_for(model))
         model.to(experiment.device)
+        lay_out(model)
         model.train()
         self.run = Run(
             renew(experiment.trainer),
@@ -258,6 +260,7 @@ class _Fold:
             first_eval=protocol["first_eval"],
             stopping=experiment.stopping,
             precision=experiment.precision,
+            compile=experiment.compile,
             clip=experiment.clip,
             seed=seed,
         )

@@ -102,6 +102,15 @@ class Featurizer(nn.Sequential):
         return self
 
 
+def lay_out(model: nn.Module) -> None:
+    """Lay the weights of a model that normalises images out channels last, as it does the images.
+
+    A tenth faster through convolutions on a CPU, more in half precision on a GPU.
+    """
+    if any(isinstance(m, Normalize) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)
+
+
 def check_dropout(dropout: float) -> None:
     """Raise `UserError` for a share of features that can't be dropped."""
     require(0 <= dropout < 1, f"model.dropout={dropout} is outside [0, 1); write 0 for none")
