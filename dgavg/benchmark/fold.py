@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
 from dgavg.benchmark.files import (
     differences,
@@ -270,6 +271,7 @@ class _Fold:
         if checkpoint.exists():
             self._resume(checkpoint)
         write_text(self.folder / "records.jsonl", "".join(self.lines))
+        note_environment(self.folder, self.run.device)
         if self.experiment.tensorboard:
             self.events = EventFiles(self.folder / "tensorboard", self.records)
         try:
