@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from dgavg.benchmark.results import SELECTED, Cell
 from dgavg.benchmark.statistics import mean_and_error
 from dgavg.report.section import Section
-from dgavg.report.style import TEXT, Canvas, Palette, Panel, margins, text_width
+from dgavg.report.style import TEXT, Canvas, Palette, Panel, margins, shortened, text_width
 
 WIDTH, ROW, RIGHT = 3.7, 0.21, 0.95  # inches
 Values = Mapping[Cell, float]  # by held-out domain and seed
@@ -109,8 +109,9 @@ def _drawing(bars: list[Bar], title: str, limits: tuple[float, float]) -> Callab
             if bar.values:
                 _draw(axes, y, bar)
             else:
-                axes.text(0, y, bar.label, transform=axes.get_yaxis_transform(), va="center",
-                          fontsize=8.5, fontweight="bold")  # fmt: skip
+                axes.annotate(shortened(bar.label, 48), (0.01, y), fontsize=8.5, va="center",
+                              xycoords=("subfigure fraction", "data"),
+                              annotation_clip=False, fontweight="bold")  # fmt: skip
         axes.set_yticks([y for y, b in enumerate(bars) if b.values])
         axes.set_yticklabels(labels)
         axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -118,7 +119,7 @@ def _drawing(bars: list[Bar], title: str, limits: tuple[float, float]) -> Callab
         axes.grid(visible=False, axis="y")
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title(title)
+        axes.set_title(shortened(title, 44))
 
     return draw
 

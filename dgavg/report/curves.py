@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from dgavg.benchmark.statistics import Point
 from dgavg.report.section import Section, Trace
-from dgavg.report.style import TEXT, Canvas, Palette, Panel, margins, text_width
+from dgavg.report.style import TEXT, Canvas, Palette, Panel, margins, shortened, text_width
 
 WIDTH, HEIGHT, LANE, LEFT = 3.7, 3.3, 0.2, 0.55  # inches
 DOTS = 40  # windows of fewer collected weights show each of them
@@ -82,7 +82,7 @@ def _drawing(
             _lanes(rows[-1], {c: traces[c] for c in lanes}, palette)
         for axes in rows:
             axes.tick_params(length=0)
-        rows[0].set_title(f"held out: {held_out}")
+        rows[0].set_title(shortened(f"held out: {held_out}", 44))
         rows[-1].set_xlabel("step")
         rows[-1].set_xlim(0, 1.02 * steps)
 

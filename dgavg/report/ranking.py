@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dgavg.report.section import Section, Trace
-from dgavg.report.style import LINE, TEXT, Canvas, Palette, Panel, margins
+from dgavg.report.style import LINE, Canvas, Palette, Panel, margins, shortened
 
 SIZE = (2.5, 2.4)  # inches
 Points = tuple[list[float], list[float]]  # validation and test, in percent
@@ -67,7 +67,7 @@ def _drawing(
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
         axes.tick_params(length=0)
-        axes.set_title(candidate, color=TEXT)
+        axes.set_title(shortened(candidate, 30))
         axes.set_xlabel("validation (points)")
         axes.set_ylabel("test (points)")
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dgavg.benchmark.reading import Environments
-from dgavg.benchmark.results import SELECTED, Records, Result, Runs
+from dgavg.benchmark.results import SELECTED, Result, Runs
 from dgavg.benchmark.statistics import Point, curve
 from dgavg.benchmark.table import POOLED, Table
 from dgavg.errors import UserError
-from dgavg.evaluation import RULES
+from dgavg.evaluation import RULES, selected_step
 from dgavg.report.windows import Window, window
 
 
@@ -86,11 +86,6 @@ class Section:
             if any(len(r) > 1 for by_draw in cells.runs.values() for r in by_draw.values())
         ]
 
-    def records(self, result: Result) -> Records:
-        """The run of a result; of several draws the one that the rule picked."""
-        cells = self.table.groups[result.run]
-        return cells.runs[result.held_out, result.seed][result.hparams_seed]
-
     def traces(self, run: str, candidate: str, held_out: str | None = None) -> list[Trace]:
         """A candidate of a chain in all runs, or in those that held out one domain."""
         places = self.table.held_out if held_out is None else [held_out]
@@ -102,16 +97,17 @@ class Section:
         for r in self.table.results:
             if r.candidate in self.candidates:
                 key = r.run, r.candidate, r.held_out
-                found.setdefault(key, []).append(_trace(self.records(r), r))
+                found.setdefault(key, []).append(self._trace(r))
         return found
 
-
-def _trace(records: Records, result: Result) -> Trace:
-    scored = [i for i, record in enumerate(records) if result.candidate in record["candidates"]]
-    points = curve(records, result.candidate)
-    # After one step there may be two evaluations, before and after what follows the last step.
-    here = (result.step, result.accuracy)
-    at = next(i for i, point in enumerate(points) if (point.step, point.test) == here)
-    found = window(result.candidate, records, scored[at])
-    latest = {point.step: point for point in points}
-    return Trace(result.seed, list(latest.values()), points[at], found)
+    def _trace(self, result: Result) -> Trace:
+        cells, cell = self.table.groups[result.run], (result.held_out, result.seed)
+        records = cells.runs[cell][result.hparams_seed]  # of several draws the one picked
+        rule = self.table.rule if len(records) > 1 else "last"
+        pairs = cells.pairs_of(cell, result.hparams_seed)
+        index = selected_step(records, result.candidate, rule, pairs) or 0
+        points = curve(records, result.candidate)
+        (selected,) = curve([records[index]], result.candidate)
+        latest = {point.step: point for point in points}  # there may be two at the end
+        found = window(result.candidate, records, index)
+        return Trace(result.seed, list(latest.values()), selected, found)

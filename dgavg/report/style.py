@@ -129,7 +129,7 @@ def png(panels: Sequence[Panel], title: str, key: Mapping[str, Key], columns: in
     height = rows * max(p.size[1] for p in panels)
     with drawing():
         figure = Figure(figsize=(width, height + HEAD), facecolor="white")
-        head, body = figure.subfigures(2, 1, height_ratios=[HEAD, height])
+        head, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[HEAD, height])[:, 0]
         head.suptitle(title, x=0.01, ha="left", fontsize=12)
         handles = [Line2D([], [], color=c, linestyle=dash, label=n) for n, (c, dash) in key.items()]
         head.legend(handles=handles, loc="lower left", ncols=max(len(handles), 1), fontsize=9)
@@ -161,6 +161,18 @@ def margins(
 def text_width(labels: Iterable[str]) -> float:
     """Inches that labels at the left of a panel need, about."""
     return 0.15 + 0.075 * max(map(len, labels), default=0)
+
+
+def shortened(text: str, most: int) -> str:
+    """At most so many letters: what is cut is the middle.
+
+    >>> shortened("sma_ema_swad_irm_basic", 12)
+    'sma_ema…asic'
+    """
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 3 + 1
+    return f"{text[: most - 1 - tail]}…{text[-tail:]}"
 
 
 def _inline(text: str, name: str, alt: str) -> str:
