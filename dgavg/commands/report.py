@@ -54,9 +54,8 @@ def _draw(options: Namespace, runs: Runs, environments: Environments) -> None:
         try:
             from dgavg.report import Section, write_figures, write_page
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"the page needs {error.name}: pip install 'dgavg[report]', or --no-html"
-            ) from error
+            missing = str(error.name).partition(".")[0]
+            raise UserError(f"the page needs {missing}: pip install 'dgavg[report]'") from error
         sections = [Section(each, options.rule, environments) for each in separated(runs)]
         if not options.no_html:
             path = options.html or options.folders[0] / PAGE

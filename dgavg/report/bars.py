@@ -132,7 +132,7 @@ def _draw(axes: Axes, y: int, bar: Bar) -> None:
     mean, error = mean_and_error(bar.values)
     selected = bar.label == SELECTED
     axes.barh(y, mean, 0.72, color="none" if selected else bar.colour, alpha=None if selected
-              else 0.55, edgecolor=bar.colour, linewidth=1, gid=f"bar-{bar.label}")  # fmt: skip
+              else 0.55, edgecolor=bar.colour, linewidth=1)  # fmt: skip
     if len(bar.values) > 1:
         axes.errorbar(mean, y, xerr=error, color=TEXT, linewidth=1.2, capsize=2.5, zorder=4)
         axes.plot(bar.values, [y] * len(bar.values), "o", color=bar.colour, markersize=3.2,

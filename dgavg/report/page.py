@@ -68,7 +68,8 @@ def write_figures(sections: Sequence[Section], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     written = []
     for i, section in enumerate(sections, 1):
-        prefix = f"{_plain(section.name)}-{_plain(section.protocol)}-" if len(sections) > 1 else ""
+        parts = [str(i), _plain(section.name), _plain(section.protocol), ""]
+        prefix = "-".join(parts) if len(sections) > 1 else ""
         for name, drawing in _drawings(section, f"s{i}").items():
             path = folder / f"{prefix}{name}.png"
             _write(path, png(drawing.panels, drawing.title, drawing.key, drawing.columns), DIR)

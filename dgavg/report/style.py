@@ -28,7 +28,7 @@ PALETTE = (
 LIVE = "#6e6e6e"
 TEXT, LINE = "#1b1b1b", "#c9c9c9"  # become currentColor and --line in the page
 Canvas = Figure | SubFigure  # what a panel is drawn on: a page's own, or part of a PNG
-HEAD = 0.6  # inches above the panels of a PNG
+HEAD, LINES, ENTRY = 0.45, 0.22, 1.35  # inches: above a PNG's panels, of lines of its key
 DPI = 144
 Dash = str | tuple[int, tuple[float, ...]]
 Key = tuple[str, Dash]  # how a candidate is drawn
@@ -124,17 +124,21 @@ class Panel:
 
 def png(panels: Sequence[Panel], title: str, key: Mapping[str, Key], columns: int) -> bytes:
     """Panels side by side on white, with what the colours mean above them."""
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = columns * max(p.size[0] for p in panels)
     height = rows * max(p.size[1] for p in panels)
+    across = max(int(width / ENTRY), 1)
+    top = HEAD + LINES * -(-len(key) // across)
     with drawing():
-        figure = Figure(figsize=(width, height + HEAD), facecolor="white")
-        head, body = figure.subfigures(2, 1, squeeze=False, height_ratios=[HEAD, height])[:, 0]
-        head.suptitle(title, x=0.01, ha="left", fontsize=12)
+        figure = Figure(figsize=(width, height + top), facecolor="white")
+        parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[top, height])
+        head, body = parts[:, 0]
+        head.text(0.1 / width, 1 - 0.12 / top, title, va="top", fontsize=11)
         handles = [Line2D([], [], color=c, linestyle=dash, label=n) for n, (c, dash) in key.items()]
-        head.legend(handles=handles, loc="lower left", ncols=max(len(handles), 1), fontsize=9)
-        parts = body.subfigures(rows, columns, squeeze=False).flat
-        for panel, part in zip(panels, parts, strict=False):
+        head.legend(handles=handles, loc="lower left", ncols=across, fontsize=9)
+        for panel, part in zip(panels, body.subfigures(rows, columns, squeeze=False).flat,
+                               strict=False):  # fmt: skip
             panel.draw(part)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
@@ -179,6 +183,7 @@ def _inline(text: str, name: str, alt: str) -> str:
     """Without what only a file needs; with ids of its own, and the colours of the page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)  # numbered parts that nothing refers to
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)

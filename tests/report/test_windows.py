@@ -178,4 +178,4 @@ def test_there_is_no_window_before_its_start():
 )
 def test_a_candidate_is_of_the_link_with_the_longest_name(candidate, link):
     links = ("swa", "swag", "swad", "posthocema", "basic")
-    assert link_of(candidate, dict.fromkeys(links, {})) == link
+    assert link_of(candidate, {name: {} for name in links}) == link
