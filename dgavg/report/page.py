@@ -187,17 +187,23 @@ def _table(table: Table, id_: str) -> dict[str, Any]:
 
 
 def _headlines(table: Table) -> list[dict[str, str]]:
-    """By chain: what the rule picks over all its candidates, or its live weights alone."""
-    lines, label, found = table.lines(), "", {}
-    for line in lines[1:]:
-        label = line[0] or label
-        if line[1] in (SELECTED, "live") and line[-2] != "X":
-            picked = line[1] == SELECTED
-            what = f"where the rule {table.rule} picks candidate and checkpoint" * picked
-            what = what or f"of the live weights where the rule {table.rule} picks the checkpoint"
-            gain = f", {line[-1]} against its live weights" if picked and line[-1] else ""
-            found[label] = {"chain": label, "value": line[-2], "text": what + gain}
-    return list(found.values())
+    """By chain: what the rule picks over its candidates, or the only one that it has."""
+    by_chain: dict[str, list[list[str]]] = {}
+    for line in table.lines()[1:]:
+        if line[0]:
+            by_chain[line[0]] = []
+        by_chain[next(reversed(by_chain))].append(line)
+    found = []
+    for chain, lines in by_chain.items():
+        candidate, mean, gain = lines[-1][1], *lines[-1][-2:]
+        if mean == "X" or (len(lines) > 1 and candidate != SELECTED):
+            continue
+        what = "candidate and checkpoint" if candidate == SELECTED else "the checkpoint"
+        text = f"where the rule {table.rule} picks {what}"
+        if gain:
+            text += f", {gain}" + (" against its live weights" if candidate == SELECTED else "")
+        found.append({"chain": chain, "value": mean, "text": text})
+    return found
 
 
 def _without_window(section: Section, run: str) -> list[str]:

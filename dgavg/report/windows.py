@@ -63,11 +63,12 @@ def link_of(candidate: str, trainer: Mapping[str, Any]) -> str:
 
 def _from_start(link: str, settings: Mapping[str, Any], record: Mapping[str, Any]) -> Window:
     """Of an average that collects from a start on, up to the step of the record."""
-    step, length = record["step"], round(record["step"] / record["epoch"])
+    step, steps = record["step"], record["protocol"]["steps"]
+    length = round(step / record["epoch"])
     if link == "ma":
         first = (settings["start"] + 1) * length
     else:
-        start = step_of(settings["start"], record["protocol"]["steps"], f"trainer.{link}.start")
+        start = step_of(settings["start"], steps, f"trainer.{link}.start")
         first = max(start, 1) if link in BY_STEP else max(-(-start // length), 1) * length
     every = settings["every"] * (1 if link in BY_STEP else length)
     last = first + (step - first) // every * every

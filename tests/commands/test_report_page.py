@@ -19,6 +19,7 @@ from dgavg import cli, leave_one_domain_out
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.table import Table
 from dgavg.data import Domain, DomainDataset
+from dgavg.report.style import variables
 
 NAMES = ["a<b>", 'c&"d"', "$e$"]
 PARTS = ["tables", "domains", "curves", "ranking", "batchnorm", "cost", "settings", "environment"]
@@ -213,6 +214,27 @@ def _lines(parts, prefix):
     return found
 
 
+def test_a_candidate_has_one_colour_in_all_figures(written):
+    text, _ = written
+    key = re.findall(r'style="color: ([^"]*)"></span>([^<]*)<', text)
+    colours = {name: {c for c, n in key if n == name} for _, name in key}
+    assert {name: len(found) for name, found in colours.items()} == dict.fromkeys(colours, 1)
+    assert colours["live"] == {"var(--live)"}
+    assert len({next(iter(found)) for found in colours.values()}) == len(colours) == 4
+    assert not re.search("#(1b1b1b|c9c9c9|0072b2)", text[text.index("<svg") :])
+    for scheme in (False, True):
+        assert variables(scheme) in text
+
+
+def test_a_mean_that_lacks_a_seed_has_no_bar(small, dgavg):
+    _train(small, "basic", seeds=[0, 1], holdout=NAMES[:2], steps=12, evaluate="all")
+    (run,) = [d.parent for d in small.glob("*/*/1/done") if d.parent.parent.name == NAMES[1]]
+    (run / "done").unlink()
+    dgavg("report", small)
+    titles = re.findall(r"<title id=[^>]*>(accuracy[^<]*)", (small / "report.html").read_text())
+    assert [title.endswith("live X") for title in titles] == [False, True, True]
+
+
 def test_policies_costs_and_settings_are_told(written, runs):
     cells = Page(written[0]).cells
     frame = Table(read_runs([runs])[0]).to_frame()
@@ -227,6 +249,17 @@ def test_policies_costs_and_settings_are_told(written, runs):
     row = cells.index("swad", at)
     assert cells[row + 1] == "recalibrate"
     assert cells[row + 3].startswith(f"{100 * (kept - own):+.1f} ±")
+
+
+def test_the_page_begins_with_what_one_would_ship(written, runs):
+    text, _ = written
+    table = Table(read_runs([runs])[0])
+    for label in table.labels.values():
+        lines = table.lines()
+        at = next(i for i, line in enumerate(lines) if line[0] == label)
+        shipped = next(line for line in lines[at:] if line[1] == "selected")
+        assert f"<code>{label}</code>: <strong>{shipped[-2]} %</strong>" in text
+        assert f"{shipped[-1]} against its live weights" in html.unescape(text)
 
 
 def test_runs_that_noted_no_environment_say_unknown(small, dgavg):
