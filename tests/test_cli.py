@@ -95,12 +95,12 @@ def test_a_loss_that_is_not_finite_names_step_and_domain(dgavg, tmp_path):
 
 def test_report_reads_what_has_ended_and_counts_the_rest(dgavg, tmp_path):
     out, _ = dgavg("trainer=ema_basic seeds=[0]", *SMALL)
-    assert dgavg("report") == (out, "")
+    assert dgavg("report --no-html") == (out, "")
     assert dgavg("report runs runs")[0] == out  # nothing counts twice
     (one,) = (tmp_path / "runs").glob("*/0/0")
     assert dgavg(f"report {one}")[0].splitlines()[4].split()[:3] == ["chain", "candidate", "0"]
     (one / "done").unlink()
-    found, error = dgavg("report runs")
+    found, error = dgavg("report runs --no-html")
     assert "45" in found.splitlines()[4]
     assert " 0 " not in found.splitlines()[4]
     assert error == "dgavg: left out 1 run(s) that have not ended\n"

@@ -26,6 +26,7 @@ def test_the_wheel_holds_the_package_and_its_configuration_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {str(p.relative_to(ROOT)) for p in (ROOT / "conf").rglob("*.yaml")}
     assert {f"dgavg/{name}" for name in inside} <= set(names)
+    assert {f"dgavg/report/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert {n.partition("/")[0].partition("-")[0] for n in names} == {"dgavg"}
     assert "dgavg/cli.py" in names
 

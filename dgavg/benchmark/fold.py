@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
 from dgavg.benchmark.files import (
     differences,
@@ -288,6 +289,7 @@ class _Fold:
         if checkpoint.exists():
             self._resume(checkpoint)
         self.journal.write()
+        note_environment(self.folder, self.run.device)
         if self.experiment.tensorboard:
             self.events = EventFiles(self.folder / "tensorboard", self.journal.records)
         try:

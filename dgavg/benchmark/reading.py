@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dgavg.benchmark.environment import read_environments
 from dgavg.benchmark.files import read_records
 from dgavg.benchmark.results import Runs
 from dgavg.errors import require
+
+Key = tuple[str, str | None, int]  # of a run in its group: held-out domains and seed
+Environments = dict[tuple[str, Key], list[dict[str, Any]]]  # by name and key of a run
 
 
 def finished_runs(folders: Sequence[Path]) -> tuple[dict[Path, str], int]:
@@ -39,8 +44,22 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
 
     Raises `UserError` as `finished_runs` does, and for damaged records.
     """
+    runs, unfinished, _ = read_runs_and_environments(folders)
+    return runs, unfinished
+
+
+def read_runs_and_environments(folders: Sequence[Path]) -> tuple[Runs, int, Environments]:
+    """As `read_runs`, and where each run was trained."""
     found, unfinished = finished_runs(folders)
     runs: Runs = {}
+    environments: Environments = {}
     for folder, name in found.items():
-        runs.setdefault(name, []).append(read_records(folder / "records.jsonl"))
-    return runs, unfinished
+        records = read_records(folder / "records.jsonl")
+        runs.setdefault(name, []).append(records)
+        environments[name, key_of(records[0])] = read_environments(folder)
+    return runs, unfinished, environments
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """What tells a run from the others of its name."""
+    return record["held_out"], record.get("held_out_with"), record["seed"]

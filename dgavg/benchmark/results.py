@@ -65,14 +65,14 @@ def test_score(record: Mapping[str, Any], candidate: str) -> tuple[float, float]
 
 
 def score_of(record: Mapping[str, Any], splits: Mapping[str, Any]) -> tuple[float, float]:
-    """As `test_score`, of other weights with these scores by split."""
+    """As `test_score`, of other weights with these scores by split; NaN where none is of it."""
     protocol = record["protocol"]
     # the test list of official splits, scored as `in`, holds the whole domain already
     whole = protocol["test_split"] == "all" and protocol.get("splits") != "official"
     parts = ("in", "out") if whole else ("in",)
     names = [f"{record['held_out']}/{part}" for part in parts]
     scores = [splits[name] for name in names if name in splits]
-    n = sum(s["n"] for s in scores)
+    n = sum(s["n"] for s in scores) or math.nan
     losses = [s["loss"] if s["loss"] is not None else math.inf for s in scores]
     accuracy = sum(s["accuracy"] * s["n"] for s in scores) / n
     return accuracy, sum(x * s["n"] for x, s in zip(losses, scores, strict=True)) / n

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
 from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.benchmark.fold import (
@@ -161,6 +162,7 @@ class _Stacked:
             self._resume()
         for journal in self.journals:
             journal.write()
+            note_environment(journal.folder, self.run.device)
         fit(self.run, after_step=watch, after_eval=lambda run: self._save_now_and_then())
         self._save()  # a process killed while it writes the rest has nothing to train again
         for folder in self.folders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,14 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class Point(NamedTuple):
+    """One evaluation of one candidate; accuracies in [0, 1]."""
+
+    step: int
+    validation: float
+    test: float
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -65,31 +74,26 @@ def rank_correlation(records: Records, candidate: str) -> float | None:
     2110.10832). `None` where there are fewer than three checkpoints, or one of the two never
     changes.
     """
-    curve = _curve(records, candidate)
-    if len(curve) < FEWEST or any(len(set(x)) == 1 for x in zip(*curve, strict=True)):
+    fit = [record for record in records if record.get("phase", "fit") == "fit"]
+    points = curve(fit, candidate)
+    values = [[p.validation for p in points], [p.test for p in points]]
+    if len(points) < FEWEST or math.isnan(math.fsum(chain(*values))):
+        return None  # nor where only what validation picked was tested: no fair sample
+    if any(len(set(v)) == 1 for v in values):
         return None
     from scipy import stats
 
-    validation, test = zip(*curve, strict=True)
-    return float(stats.spearmanr(validation, test).statistic)
+    return float(stats.spearmanr(*values).statistic)
 
 
-def _curve(records: Records, candidate: str) -> list[tuple[float, float]]:
-    """Validation and test accuracy at each checkpoint; empty where there are no such.
-
-    Also where only picked checkpoints were tested, which are no fair sample of all.
-    """
-    if not all(
-        f"{record['held_out']}/in" in found["splits"]
+def curve(records: Records, candidate: str) -> list[Point]:
+    """What a candidate reached at each evaluation; NaN where validation or test was not scored."""
+    return [
+        Point(
+            record["step"],
+            validation_score(record["candidates"][candidate]["splits"], held_out_of(record)),
+            test_score(record, candidate)[0],
+        )
         for record in records
-        for name, found in record["candidates"].items()
-        if name == candidate
-    ):
-        return []
-    found = [
-        (validation_score(splits, held_out_of(record)), test_score(record, candidate)[0])
-        for record in records
-        if record.get("phase", "fit") == "fit" and candidate in record["candidates"]
-        for splits in [record["candidates"][candidate]["splits"]]
+        if candidate in record["candidates"]
     ]
-    return [] if any(math.isnan(validation) for validation, _ in found) else found

@@ -94,6 +94,12 @@ class Table:
         return ordered
 
     def __str__(self) -> str:
+        lines = self.lines()
+        notes = "".join(f"\n\n{note}" for note in self.footnotes(lines))
+        return "\n".join([*self.title(), "", *aligned(lines)]) + notes
+
+    def lines(self) -> list[list[str]]:
+        """The table as text: its head, then its rows; a chain's name stands in its first alone."""
         rows, previous = self.rows(), ""
         lines = [["chain", "candidate", *self.held_out, "mean", "against live"]]
         for (run, candidate), cells in rows.items():
@@ -110,13 +116,18 @@ class Table:
             gain = self._gain(rows, run, candidate) if whole else ""
             lines.append([name, candidate, *shown, cell(means, len(seeds)), gain])
             previous = run
-        return "\n".join([self._title(), "", *aligned(lines), *self._footnotes(lines)])
+        return lines
 
     def differences(self) -> str:
         """Each chain against the first, paired by held-out domain and seed, with an interval.
 
         Empty for one chain, and for one seed.
         """
+        title, lines = self.difference_lines()
+        return "\n".join([title, "", *aligned(lines, names=1, last=False)]) if lines else ""
+
+    def difference_lines(self) -> tuple[str, list[list[str]]]:
+        """What `differences` says: its title, and its head and rows, none where it is empty."""
         rows = self.rows()
         ends = {run: rows.get((run, SELECTED), rows.get((run, "live"), {})) for run, _ in rows}
         first, *others = ends
@@ -126,16 +137,19 @@ class Table:
             shown = [interval(paired_interval(_paired(*pair))) for pair in pairs]
             if any(shown):
                 lines.append([self.labels[run], *shown])
-        if len(lines) == 1:
-            return ""
         title = (
             f"difference to {self.labels[first]}, paired by held-out domain and seed "
             "(95 % interval over seeds)"
         )
-        return "\n".join([title, "", *aligned(lines, names=1, last=False)])
+        return title, lines if len(lines) > 1 else []
 
     def correlations(self) -> str:
         """How well validation accuracy ranks the checkpoints of a run by test accuracy."""
+        title, lines = self.correlation_lines()
+        return "\n".join([title, "", *aligned(lines, last=False)]) if lines else ""
+
+    def correlation_lines(self) -> tuple[str, list[list[str]]]:
+        """What `correlations` says: its title, and its head and rows, none where it is empty."""
         lines = [["chain", "candidate", "rank correlation", "runs"]]
         for name, cells in self.groups.items():
             every = [records for draws in cells.runs.values() for records in draws.values()]
@@ -148,13 +162,11 @@ class Table:
                     text = f"{mean:.2f}" + (f" ± {error:.2f}" if len(found) > 1 else "")
                     lines.append([label, candidate, text, str(len(found))])
                     label = ""
-        if len(lines) == 1:
-            return ""
         title = (
             "Spearman's correlation of validation and test accuracy over the checkpoints of a run, "
             "mean ± standard error over runs"
         )
-        return "\n".join([title, "", *aligned(lines, last=False)])
+        return title, lines if len(lines) > 1 else []
 
     def _lacks_draws(self, run: str, held_out: str) -> bool:
         """Whether a cell chose among fewer hyper-parameter draws than another one."""
@@ -163,15 +175,16 @@ class Table:
         drawn = "search" in self.groups[run].head  # a soup of them chooses nothing
         return drawn and any(n < most for (d, _), n in draws.items() if d == held_out)
 
-    def _footnotes(self, lines: list[list[str]]) -> list[str]:
+    def footnotes(self, lines: list[list[str]]) -> list[str]:
+        """What the signs in `lines()` mean, a line each."""
         text = []
         if any(line[-1].endswith(AGAINST) for line in lines):
-            text += ["", f"{AGAINST}: the weights it is made of, each scored alone as it was"]
+            text.append(f"{AGAINST}: the weights it is made of, each scored alone as it was")
         if any("X" in line[2:] for line in lines[1:]):
             each = f" for each of the seeds {', '.join(map(str, self.seeds))}" if self.seeds else ""
-            text += ["", f"X: not there{each}"]
+            text.append(f"X: not there{each}")
         if any(part.endswith("°") for line in lines for part in line):
-            text += ["", "°: chosen among fewer draws of hyper-parameters than in another cell"]
+            text.append("°: chosen among fewer draws of hyper-parameters than in another cell")
         return text
 
     def _gain(self, rows: Rows, run: str, candidate: str) -> str:
@@ -188,7 +201,8 @@ class Table:
         text = difference(cells, means)
         return f"{text} {AGAINST}" if text else ""
 
-    def _title(self) -> str:
+    def title(self) -> list[str]:
+        """What the table shows, of which runs, and by which rule; a line each."""
         n = len(self.seeds)
         seeds = f"{n} seed" + "s" * (n > 1) if n else "the runs of all seeds together"
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
@@ -205,7 +219,7 @@ class Table:
         ]
         if self.changed:
             lines.append(f"NOT as the protocol says: {', '.join(self.changed)}")
-        return "\n".join(lines)
+        return lines
 
 
 def _paired(mine: Mapping[Cell, float], theirs: Mapping[Cell, float]) -> dict[str, list[float]]:
@@ -232,12 +246,17 @@ def _domains(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def tables(runs: Runs, rule: str | None = None) -> list[Table]:
     """A table for each data set and protocol among the runs."""
+    return [Table(group, rule) for group in separated(runs)]
+
+
+def separated(runs: Runs) -> list[Runs]:
+    """The runs of each data set and protocol, which one table can hold."""
     groups: dict[str, Runs] = {}
     for name, group in runs.items():
         for records in group:
             key = json.dumps(_identity(records[0]), sort_keys=True)
             groups.setdefault(key, {}).setdefault(name, []).append(records)
-    return [Table(group, rule) for group in groups.values()]
+    return list(groups.values())
 
 
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:

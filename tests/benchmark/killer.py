@@ -49,9 +49,9 @@ def kill_in_step(at: int) -> None:
 def kill_in_evaluation(n: int) -> None:
     batches, calls = scoring.Scorer._batches, []
 
-    def patched(self):
+    def patched(self, *plans):
         calls.append(1)
-        for i, batch in enumerate(batches(self)):
+        for i, batch in enumerate(batches(self, *plans)):
             if len(calls) == n and i == 1:
                 die()
             yield batch
