@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf._utils import get_omega_conf_dumper
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
@@ -114,7 +115,15 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the `config.yaml` of a run, if it has none."""
     if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+        write_text(folder / "config.yaml", as_yaml(settings))
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """What `OmegaConf.to_yaml` writes of plain settings, without making a config of them first."""
+    options: dict[str, Any] = {"default_flow_style": False, "allow_unicode": True}
+    return str(
+        yaml.dump(dict(settings), sort_keys=False, Dumper=get_omega_conf_dumper(), **options)
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     found: Any = None
-    with suppress(OSError, ValueError, YAMLError):
+    with suppress(OSError, ValueError, yaml.YAMLError):
         found = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(found, dict) or "trainer" not in found:
         raise UserError(

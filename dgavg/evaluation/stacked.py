@@ -114,7 +114,7 @@ class StackedScorer:
             for twin in twins:
                 for layer in _norms(twin):
                     layer.moments = layer.moments or StackedMoments(layer)
-                    layer.moments.mask = mask.unsqueeze(1).float()
+                    layer.moments.mask = mask.unsqueeze(2).float()
                 self.forward(twin, images)
         for layer in itertools.chain(*map(_norms, twins)):
             assert layer.moments is not None

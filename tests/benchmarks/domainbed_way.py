@@ -1,0 +1,262 @@
+"""What runs cost here, in a plain loop, and the way DomainBed's `train.py` goes about them.
+
+DomainBed's way: a loader a domain (0 workers), Adam as torch makes it by default, a loss fetched
+every step, and every part of every domain scored at each evaluation. Same model, batch sizes,
+splits and steps. Three tables:
+
+- `step`: one update of DomainBed's MNIST CNN: the plain loop has the batch in memory already.
+- `fold`: one leave-one-domain-out run of that CNN, whole, files and all: with one average, and with
+  eight, for which DomainBed needs eight runs. An evaluation comes after as many training images as
+  in DomainBed's RotatedMNIST, relative to the images scored.
+- `sweep`: an MLP on six folds and three seeds, as separate runs and stacked.
+
+Rounds are interleaved in one process of one thread; processor time, medians, and the range of all
+rounds. What is not ours runs with the C library's allocator as it comes.
+
+    python tests/benchmarks/domainbed_way.py [step] [fold] [sweep] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, TensorDataset
+
+from dgavg import Run, chain
+from dgavg.allocator import keep_memory
+from dgavg.benchmark.leave_one_out import leave_one_domain_out
+from dgavg.data import TrainingBatches, load, make_splits
+from dgavg.models import build_model
+from dgavg.optimizers import optimizer_factory
+
+ONE, EIGHT = "ema_basic", "sma_ema_swa_lawa_swad_posthocema_basic"  # the last link has three
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+CNN = {"rows": 32, "steps": 30, "every": 5, "lr": 1e-3}
+MLP = {"rows": 8, "steps": 301, "every": 100, "lr": 1e-2}
+
+
+def allocator_as_it_comes():
+    libc = ctypes.CDLL(None)
+    for key, value in (
+        (M_MMAP_MAX, 65536),
+        (M_MMAP_THRESHOLD, 128 << 10),
+        (M_TRIM_THRESHOLD, 128 << 10),
+        (M_TOP_PAD, 128 << 10),
+    ):
+        libc.mallopt(key, value)
+    libc.malloc_trim(0)
+
+
+def allocator_of_ours():
+    keep_memory.cache_clear()
+    keep_memory()
+
+
+class Forever:
+    """DomainBed's `_InfiniteSampler`, in short."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from self.sampler
+
+
+def forever(data, rows):
+    batches = BatchSampler(RandomSampler(data, replacement=True), rows, drop_last=True)
+    return iter(DataLoader(data, batch_sampler=Forever(batches), num_workers=0))
+
+
+class DomainBedRun:
+    """One run as DomainBed's `train.py` does it, without its files."""
+
+    def __init__(self, dataset, name, held_out, seed, rows, lr):
+        torch.manual_seed(seed)
+        tensors = [TensorDataset(d.images.float() / 255, d.labels) for d in dataset.domains]
+        splits = make_splits(dataset, 0.2, trial_seed=seed)
+        parts = {
+            part: [Subset(t, k.tolist()) for t, k in zip(tensors, keys, strict=True)]
+            for part, keys in (("in", splits.in_), ("out", splits.out))
+        }
+        train = [data for i, data in enumerate(parts["in"]) if i != held_out]
+        self.minibatches = zip(*(forever(data, rows) for data in train), strict=True)
+        self.evals = [DataLoader(data, batch_size=64) for data in (*parts["in"], *parts["out"])]
+        self.model = build_model(name, dataset.input_shape, len(dataset.classes))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
+
+    def step(self):
+        pairs = next(self.minibatches)
+        x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        loss = F.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def evaluate(self):
+        self.model.eval()
+        for loader in self.evals:
+            right = sum((self.model(x).argmax(1) == y).float().sum().item() for x, y in loader)
+            assert right >= 0
+        self.model.train()
+
+    def train(self, steps, every):
+        for t in range(1, steps + 1):
+            self.step()
+            if t % every == 0 or t == steps:
+                self.evaluate()
+
+
+def ours(spec, dataset, model, precision, cost, **more):
+    def work():
+        with tempfile.TemporaryDirectory() as folder:
+            leave_one_domain_out(
+                spec,
+                dataset,
+                model=model,
+                runs=folder,
+                quiet=True,
+                settings={
+                    "optimizer.lr": cost["lr"],
+                    "protocol.steps": cost["steps"],
+                    "protocol.eval_every": cost["every"],
+                    "protocol.batch_size": cost["rows"],
+                    "precision": precision,
+                    "threads": 1,
+                    **more,
+                },
+            )
+
+    return work
+
+
+def measured(works, rounds, first):
+    """Seconds of every round by name; those that start with `first` have the system's allocator."""
+    times = {name: [] for name in works}
+    for round_ in range(rounds):
+        names = list(works)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            (allocator_as_it_comes if name.startswith(first) else allocator_of_ours)()
+            start = time.process_time()
+            works[name]()
+            times[name].append(time.process_time() - start)
+    return times
+
+
+def show(title, times, base, factor=1, images=None):
+    print(f"\n{title}")
+    for name, values in times.items():
+        times_more = 1 if name == base else factor
+        ratios = [times_more * b / v for b, v in zip(times[base], values, strict=True)]
+        middle = statistics.median(values)
+        rate = f"  {images / middle:7.0f} images/s" if images else ""
+        spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+        cheaper = f"{statistics.median(ratios):6.2f} times cheaper {spread}"
+        print(f"  {name:42} {middle:9.4f} s{rate}  {cheaper}")
+
+
+def step(rounds):
+    dataset = load("digits_rotated", size=28)
+    splits = make_splits(dataset, 0.2, trial_seed=0)
+    domains, rows = range(1, 6), 64
+    adam = optimizer_factory("adam", lr=1e-3)
+
+    def batches():
+        return TrainingBatches(dataset, splits, domains, batch_size=rows, seed=0, device="cpu")
+
+    their = DomainBedRun(dataset, "cnn", 0, 0, rows, 1e-3)
+    model = build_model("cnn", dataset.input_shape, 10)
+    optimizer, batch = adam(model.parameters()), batches()(0)
+
+    def plain():
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.x), batch.y).backward()
+        optimizer.step()
+
+    works = {"DomainBed's way": their.step, "plain loop": plain}
+    for precision in ("fp32", "bf16"):
+        for spec in ("basic", ONE):
+            network = build_model("cnn", dataset.input_shape, 10)
+            run = Run(
+                chain(spec),
+                network,
+                batches(),
+                steps=10**6,
+                optimizer=adam,
+                precision=precision,
+            )
+
+            def one(run=run):
+                run.losses.write(run.step(run.batches(run.t)))
+                run.t += 1
+                run.tap("after_step")
+
+            works[f"dgavg {spec} {precision}"] = one
+    times = measured(works, rounds, "DomainBed")
+    show("one step, 5 domains of 64 images of 28×28, MNIST CNN", times, "DomainBed's way", 1, 320)
+
+
+def fold(rounds):
+    dataset = load("digits_rotated", size=28)
+    cost = CNN
+    works = {
+        "DomainBed's way": lambda: DomainBedRun(
+            dataset, "cnn", 0, 0, cost["rows"], cost["lr"]
+        ).train(cost["steps"], cost["every"])
+    }
+    eight = {}
+    for precision in ("fp32", "bf16"):
+        for evaluate in ("selection", "picked"):
+            more = {"evaluate": evaluate, "seeds": [0], "holdout": ["0"]}
+            name = f"dgavg {precision} evaluate={evaluate}"
+            works[name] = ours(ONE, dataset, "cnn", precision, cost, **more)
+            more |= {"trainer.sma.start": 0.02, "protocol.name": "eight"}
+            eight[name] = ours(EIGHT, dataset, "cnn", precision, cost, **more)
+    times = measured({**works, **{f"8 {k}": v for k, v in eight.items()}}, rounds, "DomainBed")
+    single = {k: v for k, v in times.items() if not k.startswith("8 ")}
+    base = "DomainBed's way"
+    show("one fold, one average, MNIST CNN", single, base)
+    many = {base: times[base], **{k: times[f"8 {k}"] for k in eight}}
+    show("one fold, eight averages against eight DomainBed runs, MNIST CNN", many, base, 8)
+
+
+def sweep(rounds):
+    dataset = load("digits_rotated")
+    cost = MLP
+
+    def theirs():
+        for held_out in range(6):
+            for seed in range(3):
+                one = DomainBedRun(dataset, "mlp", held_out, seed, cost["rows"], cost["lr"])
+                one.train(cost["steps"], cost["every"])
+
+    works = {"DomainBed's way": theirs}
+    for precision in ("fp32", "bf16"):
+        for stack in (1, 9, 18):
+            works[f"dgavg {precision} stack={stack}"] = ours(
+                "basic", dataset, "mlp", precision, cost, stack=stack
+            )
+    show("18 runs of an MLP", measured(works, rounds, "DomainBed"), "DomainBed's way")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", nargs="*", default=["step", "fold", "sweep"])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tables = {"step": step, "fold": fold, "sweep": sweep}
+    for name in options.tables:
+        tables[name](options.rounds * (5 if name == "step" else 1))
+
+
+if __name__ == "__main__":
+    main()
