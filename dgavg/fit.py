@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dgavg.gather import average_statistics
 from dgavg.run import Run
 from dgavg.trainer import Trainer
 
@@ -44,6 +45,7 @@ def fit(
 def step(run: Run) -> None:
     """One step, and what follows it: a look at the losses now and then, the links' taps."""
     run.losses.write(run.step(run.batches(run.t)))
+    average_statistics(run.model, run.extras)
     run.t += 1
     run.tap("after_step")
     if run.t % run.epoch_length == 0:

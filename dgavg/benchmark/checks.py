@@ -9,6 +9,7 @@ import torch
 
 from dgavg.benchmark.tensorboard import summary_writer
 from dgavg.chain import function_name, spec_of
+from dgavg.distributed import check_devices, local_rank, ranks
 from dgavg.errors import require, unknown
 from dgavg.evaluation import RULES, Stopping
 from dgavg.run import PRECISIONS
@@ -79,10 +80,17 @@ def check_functions(trainer: Trainer) -> None:
 def find_device(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU where there is one.
 
-    Raises `UserError` for one that is not there.
+    Of several processes each has a GPU of its own. Raises `UserError` for one that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks() > 1 and name != "cpu":
+        require(
+            name == "cuda",
+            f"device={name} is one device for {ranks()} processes; write device=cuda or device=cpu",
+        )
+        check_devices()
+        return torch.device("cuda", local_rank())
     try:
         device = torch.device(name)
     except RuntimeError:

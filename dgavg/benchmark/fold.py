@@ -6,17 +6,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from dgavg.benchmark.experiment import Experiment, Fold
 from dgavg.benchmark.files import (
@@ -27,18 +24,21 @@ from dgavg.benchmark.files import (
     save_checkpoint,
     save_weights,
 )
+from dgavg.benchmark.folder import check_same, locked
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, TrainingBatches, make_splits
-from dgavg.disk import make_folder, write_text, writing
-from dgavg.errors import UserError, require
+from dgavg.disk import make_folder, write_text
+from dgavg.distributed import is_first, on_first
+from dgavg.errors import require
 from dgavg.evaluation import Scorer, selected_step
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
+from dgavg.gather import mean
 from dgavg.losslog import NonFiniteLossError
 from dgavg.run import Run
-from dgavg.seeding import random_state, seed_everything, set_random_state
+from dgavg.seeding import random_state, seed_everything, seed_own, set_random_state
 from dgavg.trainer import Candidate, Scores
 
 # What a record names beside the chain: all that its numbers come from.
@@ -51,6 +51,7 @@ SETTINGS = (
     "stopping",
     "precision",
     "device",
+    "processes",
     "init_seed",
     "also_batchnorm",
     "search",
@@ -72,70 +73,31 @@ def run_fold(
     folder = experiment.run_folder(fold, seed)
     settings = {**experiment.identity, "dataset": described(experiment.dataset)}
     settings |= _left_out(fold) | {"seed": seed}
-    check_same(folder, settings)
-    if not (folder / "done").exists():
+
+    def done() -> bool:
+        check_same(folder, settings)
+        return (folder / "done").exists()
+
+    def begin() -> None:
+        check_same(folder, settings)  # again: nobody else can write it now
+        if not (folder / "config.yaml").exists():
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+
+    if not on_first(done):
         threads = torch.get_num_threads()
         try:
             one = _Fold(experiment, fold, seed, folder, settings)
             with locked(folder):
-                check_same(folder, settings)  # again: nobody else can write it now
-                if not (folder / "config.yaml").exists():
-                    write_text(folder / "config.yaml", OmegaConf.to_yaml(settings))
+                on_first(begin)
                 one.train(watch)
         finally:
             torch.set_num_threads(threads)
-    return read_records(folder / "records.jsonl")
+    return on_first(lambda: read_records(folder / "records.jsonl"))
 
 
 def _left_out(fold: Fold) -> dict[str, str]:
     """What settings and records say of a fold."""
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it.
-
-    Raises `UserError` where another one is at work there.
-    """
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    with writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            message = f"another process is training in {folder}; wait for it to end"
-            raise UserError(message) from None
-    with lock:
-        yield
-
-
-def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` where the folder's `config.yaml` says other settings, or nothing."""
-    if not (folder / "config.yaml").exists():
-        return
-    found = list(differences(settings, read_config(folder)))
-    require(
-        not found,
-        f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
-        "name=..., or delete that folder",
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.yaml` of a run.
-
-    Raises `UserError` where it is damaged.
-    """
-    path = folder / "config.yaml"
-    found: Any = None
-    with suppress(OSError, ValueError, YAMLError):
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(found, dict) or "trainer" not in found:
-        raise UserError(
-            f"{path} is damaged or not of dgavg; delete {folder} to train that run anew"
-        )
-    return found
 
 
 def described(dataset: DomainDataset) -> dict[str, Any]:
@@ -245,6 +207,7 @@ class _Fold:
             clip=experiment.clip,
             seed=seed,
         )
+        seed_own(seed)
         self.scorer = Scorer(
             model,
             splits_to_score(
@@ -265,12 +228,11 @@ class _Fold:
 
     def train(self, watch: Watch) -> None:
         """Train to the end; then, and only then, write `done`."""
-        make_folder(self.folder / "weights")
         checkpoint = self.folder / "checkpoint.pt"
-        if checkpoint.exists():
+        if on_first(checkpoint.exists):
             self._resume(checkpoint)
-        write_text(self.folder / "records.jsonl", "".join(self.lines))
-        if self.experiment.tensorboard:
+        on_first(self._begin)
+        if self.experiment.tensorboard and is_first():
             self.events = EventFiles(self.folder / "tensorboard", self.records)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
@@ -285,10 +247,14 @@ class _Fold:
         finally:
             if self.events is not None:
                 self.events.close()
-        write_text(self.folder / "done", "done")
+        on_first(lambda: write_text(self.folder / "done", "done"))
+
+    def _begin(self) -> None:
+        make_folder(self.folder / "weights")
+        write_text(self.folder / "records.jsonl", "".join(self.lines))
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = load_checkpoint(checkpoint)
+        saved = on_first(lambda: load_checkpoint(checkpoint))
         found = list(differences(self.settings, saved["settings"]))
         require(
             not found,
@@ -309,7 +275,7 @@ class _Fold:
             "seconds": self.clock.read(),
             "threads": torch.get_num_threads(),
         }
-        save_checkpoint(self.folder / "checkpoint.pt", content)
+        on_first(lambda: save_checkpoint(self.folder / "checkpoint.pt", content))
 
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
@@ -343,7 +309,7 @@ class _Fold:
             self._check_finite("validation loss", validation["live"]["loss"])
         else:
             self._check_finite("training loss", self._training_loss())
-        self._write(record, {k for k, c in candidates.items() if not c.members})
+        self._keep(record, {k for k, c in candidates.items() if not c.members})
         return validation
 
     @torch.no_grad()
@@ -351,7 +317,7 @@ class _Fold:
         """Of the live weights, on one batch."""
         batch = self.run.batches(self.run.t)
         logits = self.scorer.logits("live", batch.x)
-        return F.cross_entropy(logits, batch.y).item()
+        return mean(F.cross_entropy(logits, batch.y)).item()
 
     def _check_finite(self, what: str, loss: float) -> None:
         """Stop before the checkpoint where the last update blew the weights up."""
@@ -361,10 +327,13 @@ class _Fold:
                 "try a lower optimizer.lr or a smaller weight"
             )
 
-    def _write(self, record: dict[str, Any], with_weights: set[str]) -> None:
+    def _keep(self, record: dict[str, Any], with_weights: set[str]) -> None:
         line = record_line(record)
         self.lines.append(line)
         self.records.append(json.loads(line))
+        on_first(lambda: self._write(record, with_weights))
+
+    def _write(self, record: dict[str, Any], with_weights: set[str]) -> None:
         rule = self.experiment.protocol["selection"]
         for name in record["candidates"]:
             picked = selected_step(self.records, name, rule)

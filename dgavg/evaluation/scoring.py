@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -20,6 +21,7 @@ from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
 from dgavg.averaging.parameters import named_tensors, plain_names, same_values
 from dgavg.data.domains import as_floats
 from dgavg.data.stream import ahead
+from dgavg.distributed import rank, ranks
 from dgavg.errors import require
 from dgavg.evaluation.split import Split as Split
 from dgavg.evaluation.split import joined
@@ -54,7 +56,8 @@ class Scorer:
     training. `pooled()` yields the un-augmented training images, in batches that mix all training
     domains, for candidates whose batch norm is recalibrated; they all share one pass over it.
     Probes are not scored on the splits named in `held_out`. Random numbers are neither drawn nor
-    seeded.
+    seeded. Of several processes each scores its share of the batches, `pooled` gives each its
+    share of images, and all get the same scores.
     """
 
     def __init__(
@@ -130,7 +133,11 @@ class Scorer:
     def _by_candidate(
         self, twins: Mapping[str, list[nn.Module]], probes: set[str]
     ) -> dict[str, Found]:
-        sums: dict[tuple[str, str], Tensor] = {}
+        sums = {  # all of them, for another process may score what this one does not
+            (name, split): torch.zeros(2, device=images.labels.device)
+            for name, (split, images) in itertools.product(twins, self.splits.items())
+            if len(images) and not (name in probes and split in self.held_out)
+        }
         for rows, images, labels in self._batches():
             held_out = not self.held_out.isdisjoint(rows)
             names = [name for name in twins if not (held_out and name in probes)]
@@ -144,16 +151,12 @@ class Scorer:
             parts = torch.split(each, list(rows.values()), dim=1)
             for split, part in zip(rows, parts, strict=True):
                 for name, found in zip(names, part.sum(dim=1), strict=True):
-                    key = name, split
-                    sums[key] = sums[key] + found if key in sums else found
-        values = torch.stack(list(sums.values())).tolist() if sums else []  # the one host sync
-        found_by = dict(zip(sums, values, strict=True))
+                    sums[name, split] = sums[name, split] + found
         scores: dict[str, Found] = {name: {} for name in twins}
-        for name, split in itertools.product(twins, self.splits):
-            if (name, split) in found_by:
-                n = len(self.splits[split].labels)
-                right, loss = found_by[name, split]
-                scores[name][split] = SplitScore(right / n, loss / n, n)
+        for (name, split), total in zip(sums, _totals(list(sums.values())), strict=True):
+            hits, log_loss = total
+            n = len(self.splits[split])
+            scores[name][split] = SplitScore(hits / n, log_loss / n, n)
         return scores
 
     def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:
@@ -165,7 +168,7 @@ class Scorer:
 
     def _batches(self) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
         """Images that are not on the device are brought there while the batch before is scored."""
-        plans = list(self._plans())
+        plans = list(self._plans())[rank() :: ranks()]
         held = all(split.resident for split in self.splits.values())
         gathered = map(self._gather, plans) if held else ahead(self._gather, plans)
         for plan, images in zip(plans, gathered, strict=True):
@@ -248,6 +251,18 @@ class Scorer:
             for images in self.pooled():
                 for twin in twins:
                     self.forward(twin, images)
+
+
+def _totals(sums: list[Tensor]) -> list[list[float]]:
+    """Sums over the batches of all processes as numbers: the one host sync."""
+    if not sums:
+        return []
+    own = torch.stack(sums)
+    if ranks() > 1:
+        own = own.double()
+        dist.all_reduce(own)
+    found: list[list[float]] = own.tolist()
+    return found
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
