@@ -48,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # of --help
         return int(end.code or 0)
     except KeyboardInterrupt:
-        print(
-            "dgavg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        tell("dgavg: interrupted; the same command goes on from the last checkpoint")
         return 130
     return 0
 

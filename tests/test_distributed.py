@@ -158,9 +158,9 @@ def slopes(rank):
 def told(rank):
     """What each process prints of a mistake that all make, and of one that the second makes."""
     found = []
-    distributed.MANNERS = timedelta(seconds=0.5)
     for lonely in (True, False):
-        time.sleep(0 if lonely or rank else 2)
+        distributed.MANNERS = timedelta(seconds=0.2 if lonely else 60)
+        time.sleep(0 if lonely or rank else 1)  # the second speaks before the first does
         out = io.StringIO()
         with contextlib.redirect_stderr(out):
             if rank or not lonely:

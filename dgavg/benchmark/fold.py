@@ -30,7 +30,7 @@ from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, TrainingBatches, make_splits
 from dgavg.disk import make_folder, write_text
-from dgavg.distributed import is_first, on_first
+from dgavg.distributed import on_first
 from dgavg.errors import require
 from dgavg.evaluation import Scorer, selected_step
 from dgavg.evaluation.scoring import SplitScore
@@ -232,8 +232,6 @@ class _Fold:
         if on_first(checkpoint.exists):
             self._resume(checkpoint)
         on_first(self._begin)
-        if self.experiment.tensorboard and is_first():
-            self.events = EventFiles(self.folder / "tensorboard", self.records)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
         except NonFiniteLossError as error:
@@ -252,6 +250,8 @@ class _Fold:
     def _begin(self) -> None:
         make_folder(self.folder / "weights")
         write_text(self.folder / "records.jsonl", "".join(self.lines))
+        if self.experiment.tensorboard:
+            self.events = EventFiles(self.folder / "tensorboard", self.records)
 
     def _resume(self, checkpoint: Path) -> None:
         saved = on_first(lambda: load_checkpoint(checkpoint))
