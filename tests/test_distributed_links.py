@@ -17,6 +17,7 @@ from torch import nn
 from dgavg import Run, chain, fit
 from dgavg.averaging.batchnorm import batchnorm_layers
 from dgavg.testing import ToyBatches, toy_model
+from dgavg.trainers.batch import mixstyle
 
 OTHER_DRAWS = {  # what differs from one process by its nature
     "mixstyle": "partners are rows of the same process",
@@ -37,6 +38,7 @@ PAIRS = [  # links that meet in one another's graph
 ]
 # All shadows in one chain.
 RUNS = ["_".join([*SHADOWS, "basic"]), *(k for k in ACTING if k not in SHADOWS), *PAIRS]
+NOISY = {"dial": ACTING["dial"] | {"noise": 0.3}}  # else too small to see whose it is
 # Those whose passes or steps treat running statistics in a way of their own.
 BATCH_NORM = ["basic", "ma", "twa", "sam", "mldg", "fish", "rsc", "dial", "lpft", "mtl", "arm"]
 
@@ -65,7 +67,9 @@ def trained(spec, batches, *, smooth=True, settings=None):
     """Weights, candidates, state of the links and logged losses of a run to its end."""
     torch.manual_seed(0)  # arm draws its own weights
     names = spec.split("_")
-    links = chain(spec, **{k: v for k, v in (ACTING | (settings or {})).items() if k in names})
+    links = chain(
+        spec, **{k: v for k, v in (ACTING | NOISY | (settings or {})).items() if k in names}
+    )
     run = Run(
         links,
         smooth_model() if smooth else toy_model(),
@@ -90,13 +94,17 @@ def trained(spec, batches, *, smooth=True, settings=None):
 
 def main(rank, folder):
     join(rank, folder)
-    found = {}
+    found, shares, restyled = {}, [], mixstyle.restyled
+    mixstyle.restyled = lambda x, partner, share: (
+        shares.append(share.detach().clone()) or restyled(x, partner, share)
+    )
     for link in RUNS:
         found[link] = trained(spec_of(link), Half(rank))
     for link in BATCH_NORM:
         found[f"{link} with batch norm"] = trained(spec_of(link), Half(rank), smooth=False)
     for link in WITHIN:
         found[f"{link} within"] = trained(spec_of(link), Half(rank), settings=WITHIN)
+    found["shares of mixstyle"] = torch.stack(shares)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -140,6 +148,12 @@ def test_draws_of_rows_are_of_each_process(ranks, name):
     expected = trained(spec_of(link), ToyBatches(), settings=WITHIN)
     far = [(v - expected[k]).abs().max() for k, v in ranks[0][name].items() if "model" in k]
     assert 1e-4 < max(far) < 0.5
+
+
+def test_styles_are_mixed_in_other_shares_in_each_process(ranks):
+    one, other = (rank["shares of mixstyle"] for rank in ranks)
+    assert one.shape == other.shape
+    assert not torch.isclose(one, other).any(dim=1).all()
 
 
 if __name__ == "__main__":
