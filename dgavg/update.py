@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgavg.distributed import ranks
@@ -133,7 +134,12 @@ def averaged(tensors: list[Tensor]) -> list[Tensor]:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
     means = list(tensors)
     for same in kinds.values():
-        flat = mean(torch.cat([tensors[i].flatten() for i in same]))
+        flat = torch.cat([tensors[i].flatten() for i in same])
+        if flat.requires_grad:
+            flat = mean(flat)
+        else:  # in place: all gradients of a model are much memory to touch
+            dist.all_reduce(flat)
+            flat /= ranks()
         parts = torch.split(flat, [tensors[i].numel() for i in same])
         for i, part in zip(same, parts, strict=True):
             means[i] = part.view(tensors[i].shape)
