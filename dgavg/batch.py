@@ -44,6 +44,9 @@ class Batch:
 class Loss:
     """What one forward pass gave, shared by every penalty of the chain.
 
+    Where several processes train together, it is the loss of the rows of all: `batch` then has the
+    labels and domains of all rows, in the order of `logits`, but of `x` this process's own alone.
+
     Shapes: `risks` (D,) mean task loss of each domain; `weights` (D,) how the risks are averaged;
     `logits` (N, classes) and `features` (N, F) in float32; `terms` scalar penalties by link name,
     already weighted.

@@ -19,6 +19,7 @@ from dgavg.benchmark.leave_one_out import run_experiments
 from dgavg.benchmark.results import Runs
 from dgavg.benchmark.table import tables
 from dgavg.config import CONF, explained, plain, register, replacing
+from dgavg.distributed import launched, only_first_speaks, tell, together
 from dgavg.errors import UserError, unknown
 
 SETTING = re.compile(r"(\+{0,2}|~)[\w@:./-]+=.*|~[\w@:./-]+", re.DOTALL)
@@ -30,23 +31,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with explained():
             if given and given[0] in COMMANDS:
+                if launched()[0] > 0:  # what does not train needs one process
+                    return 0
                 module, name = COMMANDS[given[0]]
                 getattr(import_module(f"dgavg.commands.{module}"), name)(given[1:])
             else:
-                train(given)
+                with only_first_speaks(), together():
+                    train(given)
     except UserError as error:
         if os.environ.get("DGAVG_DEBUG") == "1":
             raise
-        print(f"dgavg: {error}", file=sys.stderr)
+        tell(f"dgavg: {error}")
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as end:  # of --help
         return int(end.code or 0)
     except KeyboardInterrupt:
-        print(
-            "dgavg: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        tell("dgavg: interrupted; the same command goes on from the last checkpoint")
         return 130
     return 0
 

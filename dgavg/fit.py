@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dgavg.gather import average_statistics
 from dgavg.run import Run
 from dgavg.trainer import Trainer
 
@@ -49,6 +50,7 @@ def step(run: Run) -> None:
         # what the last step gave is read no more
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     run.losses.write(run.step(run.batches(run.t)))
+    average_statistics(run.model, run.extras)
     run.t += 1
     run.tap("after_step")
     if run.t % run.epoch_length == 0:

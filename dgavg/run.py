@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dgavg.batch import Batch, Loss
 from dgavg.chain import adapt, chain, check, renew, settings_of
 from dgavg.errors import UserError, require
+from dgavg.gather import same_on_all
 from dgavg.losslog import LossLog
 from dgavg.schedules import step_of
-from dgavg.seeding import random_state, set_random_state
+from dgavg.seeding import random_states, set_random_states
 from dgavg.settings import check_type
 from dgavg.trainer import TAPS, Candidate, Scores, Trainer, Weights
 from dgavg.update import Update
@@ -86,6 +87,10 @@ class Run:
     `clip` is the largest norm that the gradient of an update may have. `seed` seeds the draws of
     `run.random`; the global generators are the caller's.
 
+    Where several processes train together, each gives its own share of the rows of every domain as
+    `batches`, all start from the first one's weights, and `state_dict`, `load_state_dict` and all
+    that trains is called by all of them alike.
+
     Raises `UserError` for a chain that can't train on these domains.
     """
 
@@ -151,6 +156,7 @@ class Run:
 
         links = list(trainer)[::-1]  # innermost first: the order of taps
         adapt(trainer, model, len(self.names))
+        same_on_all(model)
         self.compiled = compile is not None
         for name in ("featurizer", "classifier") if self.compiled else ():
             model.get_submodule(name).compile(mode=compile)  # in place: no name changes
@@ -160,7 +166,7 @@ class Run:
         self.buffer_names = frozenset(self.live.keys() - weights)
         made = {link.name: link.module(self) for link in links}
         self.extras = nn.ModuleDict({k: m for k, m in made.items() if m is not None})
-        self.extras.to(self.device)
+        same_on_all(self.extras.to(self.device))
         self.parameters = [
             p for m in (model, self.extras) for p in m.parameters() if p.requires_grad
         ]
@@ -304,7 +310,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "update": self.update.state_dict(),
             "links": {link.name: link.state_dict() for link in self.trainer},
-            "random": random_state(self.device),
+            "random": random_states(self.device),
         }
 
     @torch.no_grad()
@@ -332,5 +338,5 @@ class Run:
         self.losses.load_state_dict(saved["losses"])
         for link in self.trainer:
             link.load_state_dict(to_device(saved["links"][link.name], self.device))
-        set_random_state(saved["random"], self.device)
+        set_random_states(saved["random"], self.device)
         self.set_schedules(max(self.t - 1, 0))  # taps and phases go by the step that they follow

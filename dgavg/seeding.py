@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from dgavg.distributed import rank, ranks
+from dgavg.errors import require
 
 CPU = torch.device("cpu")
 
@@ -19,6 +23,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_own(seed: int) -> None:
+    """Give every process but the first draws of its own, as for dropout, from here on."""
+    if rank():
+        words = np.random.SeedSequence([seed, rank()]).generate_state(1)
+        seed_everything(int(words[0]))
 
 
 def random_state(device: torch.device = CPU) -> dict[str, Any]:
@@ -48,3 +59,36 @@ def set_random_state(saved: dict[str, Any], device: torch.device = CPU) -> None:
         torch.cuda.set_rng_state(saved["cuda"].cpu(), device)
     if saved["mps"] is not None:
         torch.mps.set_rng_state(saved["mps"].cpu())
+
+
+def random_states(device: torch.device = CPU) -> Any:
+    """`random_state`; where several processes train together a list of all of theirs.
+
+    Then all must call this.
+    """
+    own = random_state(device)
+    if ranks() == 1:
+        return own
+    found: list[Any] = [None] * ranks()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def set_random_states(saved: Any, device: torch.device = CPU) -> None:
+    """Restore what `random_states` gave.
+
+    Raises `UserError` where that was on another number of processes.
+    """
+    each = saved if isinstance(saved, list) else [saved]
+    check_processes("the checkpoint", len(each))
+    set_random_state(each[rank()], device)
+
+
+def check_processes(what: str, wanted: int) -> None:
+    """Raise `UserError` where `what` is of a run on `wanted` processes, and here are others."""
+    start = f"torchrun --nproc-per-node {wanted}" if wanted > 1 else "one process, no torchrun"
+    require(
+        wanted == ranks(),
+        f"{what} is of a run on {wanted} process{'es' * (wanted > 1)}, here {ranks()}: go on with "
+        f"{start}",
+    )

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dgavg.averaging.moments import ranks
+from dgavg.distributed import ranks
 from dgavg.errors import UserError
+from dgavg.gather import mean
 
 FIRST_SCALE, INTERVAL = 2.0**16, 2000  # of torch.amp.GradScaler
 LAST_SCALE = 2.0**-24  # no gradient overflows here unless it is infinite by itself
@@ -58,8 +59,7 @@ class Update:
         """The gradients of `loss` in each parameter, or None where it has none.
 
         Read them only: two may be one tensor. `retain` keeps the graph for another call.
-        `create_graph` gives gradients that can be differentiated again; they are those of this
-        process alone, since no derivative goes through a message.
+        `create_graph` gives gradients that can be differentiated again.
         """
         wanted = [p for p in self.parameters if p.requires_grad]
         found = torch.autograd.grad(
@@ -74,9 +74,7 @@ class Update:
         if self.scale is not None and plain:
             # new tensors: two gradients may be one, or one small tensor seen as a large one
             plain = list(torch._foreach_div(plain, self.scale))
-        if not create_graph:
-            plain = averaged(plain)
-        there = dict(zip(there, plain, strict=True))
+        there = dict(zip(there, averaged(plain), strict=True))
         return [there.get(p) for p in self.parameters]
 
     def step(self) -> None:
@@ -137,8 +135,11 @@ def averaged(tensors: list[Tensor]) -> list[Tensor]:
     means = list(tensors)
     for same in kinds.values():
         flat = torch.cat([tensors[i].flatten() for i in same])
-        dist.all_reduce(flat)
-        flat /= ranks()
+        if flat.requires_grad:
+            flat = mean(flat)
+        else:  # in place: all gradients of a model are much memory to touch
+            dist.all_reduce(flat)
+            flat /= ranks()
         parts = torch.split(flat, [tensors[i].numel() for i in same])
         for i, part in zip(same, parts, strict=True):
             means[i] = part.view(tensors[i].shape)

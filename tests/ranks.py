@@ -8,6 +8,11 @@ import sys
 from datetime import timedelta
 
 import torch
+from torch import nn
+
+from dgavg import Batch
+from dgavg.models import Model
+from dgavg.testing import ToyBatches
 
 
 def join(rank, folder):
@@ -20,6 +25,28 @@ def join(rank, folder):
         world_size=2,
         timeout=timedelta(seconds=100),  # a rank that waits for nobody fails
     )
+
+
+class Half(ToyBatches):
+    """Toy batches of which each rank has its half of the rows of each domain."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+    def __call__(self, t):
+        batch = super().__call__(t)
+        half = slice(self.rank * self.rows // 2, (self.rank + 1) * self.rows // 2)
+        parts = [batch.by_domain(rows)[:, half].flatten(0, 1) for rows in (batch.x, batch.y)]
+        return Batch(*parts, batch.by_domain(batch.d)[:, half].flatten(), batch.domains)
+
+
+def smooth_model():
+    """For toy batches, without batch norm, so that ranks can be as one process to rounding."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Flatten(), nn.Linear(4, 8), nn.Tanh()]
+        return Model(nn.Sequential(*layers), nn.Linear(8, 3)).train()
 
 
 def started(module, folder):

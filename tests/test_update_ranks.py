@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import join, started
+from ranks import Half, join, smooth_model, started
 from torch import nn
 
-from dgavg import Batch, Run, Trainer, UserError, chain, fit, trainer
-from dgavg.models import Model
+from dgavg import Run, Trainer, UserError, chain, fit, trainer
 from dgavg.testing import ToyBatches, toy_model
 
 SETTINGS = {"sam": {"rho": 0.3}, "gsam": {"rho": 0.3}, "mldg": {"n_meta_test": 1}}
@@ -35,31 +34,6 @@ class Blast(Trainer):
         first = torch.distributed.is_initialized() and torch.distributed.get_rank() == 0
         out.terms["blast"] = (10.0 if run.t == 2 and first else 0.0) * out.logits.sum()
         return out
-
-
-class Half(ToyBatches):
-    """Each process takes half of the rows of each domain."""
-
-    def __init__(self, rank):
-        super().__init__()
-        self.rank = rank
-
-    def __call__(self, t):
-        batch = super().__call__(t)
-        parts = [batch.by_domain(rows)[:, self.rank :: 2].flatten(0, 1) for rows in rows_of(batch)]
-        return Batch(*parts, batch.domains)
-
-
-def rows_of(batch):
-    return batch.x, batch.y, batch.d
-
-
-def smooth_model():
-    """Without batch norm, so that a gradient is the mean of those of the rows."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = [nn.Flatten(), nn.Linear(4, 8), nn.Tanh()]
-        return Model(nn.Sequential(*layers), nn.Linear(8, 3)).train()
 
 
 def trained(case, batches):

@@ -9,6 +9,7 @@ import torch
 
 from dgavg.benchmark.tensorboard import summary_writer
 from dgavg.chain import function_name, spec_of
+from dgavg.distributed import check_devices, local_rank, ranks
 from dgavg.errors import UserError, require, unknown
 from dgavg.evaluation import RULES, Stopping
 from dgavg.run import COMPILE, PRECISIONS
@@ -65,6 +66,8 @@ def check_stopping(trainer: Trainer, stopping: Stopping) -> None:
 def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """Refuse what several runs as one can't do; what models can is seen when they are built."""
     check_stackable(trainer)
+    stack = settings["stack"]
+    require(ranks() == 1, f"stack={stack} trains in one process: start dgavg without torchrun")
     for name, value, fine in (
         ("stopping.candidate", settings["stopping"]["candidate"], (None,)),
         ("optimizer.clip", settings["optimizer"].get("clip"), (None,)),
@@ -121,10 +124,17 @@ def find_compile(value: Any, device: torch.device) -> str | None:
 def find_device(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU where there is one.
 
-    Raises `UserError` for one that is not there.
+    Of several processes each has a GPU of its own. Raises `UserError` for one that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks() > 1 and name != "cpu":
+        require(
+            name == "cuda",
+            f"device={name} is one device for {ranks()} processes; write device=cuda or device=cpu",
+        )
+        check_devices()
+        return torch.device("cuda", local_rank())
     try:
         device = torch.device(name)
     except RuntimeError:

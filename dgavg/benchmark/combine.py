@@ -21,7 +21,8 @@ from dgavg.benchmark.bench import Bench, Scores, Setup
 from dgavg.benchmark.checks import check_choices, find_device
 from dgavg.benchmark.experiment import PLACES
 from dgavg.benchmark.files import read_records, record_line, save_weights
-from dgavg.benchmark.fold import check_same, locked, read_config, threads_for
+from dgavg.benchmark.fold import threads_for
+from dgavg.benchmark.folder import check_same, locked, read_config
 from dgavg.benchmark.members import (
     Groups,
     Member,

@@ -27,6 +27,7 @@ from dgavg.benchmark.checks import (
 from dgavg.chain import chain, check, settings_of, spec_of
 from dgavg.config.protocols import changed
 from dgavg.data import DomainDataset, load
+from dgavg.distributed import first_alone, ranks
 from dgavg.errors import require
 from dgavg.evaluation import Stopping
 from dgavg.models import Model, build_model
@@ -161,7 +162,8 @@ def build(
 
     data = dict(settings["data"]) if dataset is None else {"name": dataset.name}
     if dataset is None:
-        dataset = load(data["name"], **{k: v for k, v in data.items() if k != "name"})
+        options = {k: v for k, v in data.items() if k != "name"}
+        dataset = first_alone(lambda: load(data["name"], **options))
     folds = _folds(settings["holdout"], dataset)
     most = max(map(len, folds))
     require(
@@ -194,6 +196,8 @@ def build(
     names = search.names(settings["search"], **_where(trainer, data["name"]))
     if names:
         identity["search"] = {"group": digest, "hparams_seed": 0, "settings": list(names)}
+    if ranks() > 1:  # crops and dropout follow from it; the run's name does not
+        identity["processes"] = ranks()
     departures = changed(settings)
     if departures:
         identity["changed"] = departures

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml  # type: ignore[import-untyped]
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
-from omegaconf._utils import get_omega_conf_dumper
 from torch import nn
 
 from dgavg.benchmark.environment import note_environment
@@ -26,21 +21,24 @@ from dgavg.benchmark.files import (
     read_records,
     save_checkpoint,
 )
+from dgavg.benchmark.folder import check_same, locked, write_config
 from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
 from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
-from dgavg.disk import make_folder, write_text, writing
-from dgavg.errors import UserError, require
+from dgavg.disk import write_text
+from dgavg.distributed import on_first
+from dgavg.errors import require
 from dgavg.evaluation import Scorer
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
+from dgavg.gather import mean
 from dgavg.losslog import NonFiniteLossError
 from dgavg.models import Model
 from dgavg.models.model import lay_out
 from dgavg.run import Run
-from dgavg.seeding import random_state, seed_everything, set_random_state
+from dgavg.seeding import random_state, seed_everything, seed_own, set_random_state
 from dgavg.trainer import Candidate, Scores
 
 Watch = Callable[[Run], None]
@@ -57,18 +55,25 @@ def run_fold(
     """
     folder = experiment.run_folder(fold, seed)
     settings = settings_of_run(experiment, fold, seed)
-    check_same(folder, settings)
-    if not (folder / "done").exists():
+
+    def done() -> bool:
+        check_same(folder, settings)
+        return (folder / "done").exists()
+
+    def begin() -> None:
+        check_same(folder, settings)  # again: nobody else can write it now
+        write_config(folder, settings)
+
+    if not on_first(done):
         threads = torch.get_num_threads()
         try:
             one = _Fold(experiment, fold, seed, folder, settings)
             with locked(folder):
-                check_same(folder, settings)  # again: nobody else can write it now
-                write_config(folder, settings)
+                on_first(begin)
                 one.train(watch)
         finally:
             torch.set_num_threads(threads)
-    return read_records(folder / "records.jsonl")
+    return on_first(lambda: read_records(folder / "records.jsonl"))
 
 
 def settings_of_run(experiment: Experiment, fold: Fold, seed: int) -> dict[str, Any]:
@@ -80,66 +85,6 @@ def settings_of_run(experiment: Experiment, fold: Fold, seed: int) -> dict[str, 
 def left_out(fold: Fold) -> dict[str, str]:
     """What settings and records say of a fold."""
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it.
-
-    Raises `UserError` where another one is at work there.
-    """
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    with writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            message = f"another process is training in {folder}; wait for it to end"
-            raise UserError(message) from None
-    with lock:
-        yield
-
-
-def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` where the folder's `config.yaml` says other settings, or nothing."""
-    if not (folder / "config.yaml").exists():
-        return
-    found = list(differences(settings, read_config(folder)))
-    require(
-        not found,
-        f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
-        "name=..., or delete that folder",
-    )
-
-
-def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the `config.yaml` of a run, if it has none."""
-    if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", as_yaml(settings))
-
-
-def as_yaml(settings: Mapping[str, Any]) -> str:
-    """What `OmegaConf.to_yaml` writes of plain settings, without making a config of them first."""
-    options: dict[str, Any] = {"default_flow_style": False, "allow_unicode": True}
-    return str(
-        yaml.dump(dict(settings), sort_keys=False, Dumper=get_omega_conf_dumper(), **options)
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.yaml` of a run.
-
-    Raises `UserError` where it is damaged.
-    """
-    path = folder / "config.yaml"
-    found: Any = None
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(found, dict) or "trainer" not in found:
-        raise UserError(
-            f"{path} is damaged or not of dgavg; delete {folder} to train that run anew"
-        )
-    return found
 
 
 def described(dataset: DomainDataset) -> dict[str, Any]:
@@ -274,6 +219,7 @@ class _Fold:
             clip=experiment.clip,
             seed=seed,
         )
+        seed_own(seed)
         self.scorer = Scorer(
             model,
             splits_to_score(
@@ -295,12 +241,9 @@ class _Fold:
     def train(self, watch: Watch) -> None:
         """Train to the end; then, and only then, write `done`."""
         checkpoint = self.folder / "checkpoint.pt"
-        if checkpoint.exists():
+        if on_first(checkpoint.exists):
             self._resume(checkpoint)
-        self.journal.write()
-        note_environment(self.folder, self.run.device)
-        if self.experiment.tensorboard:
-            self.events = EventFiles(self.folder / "tensorboard", self.journal.records)
+        on_first(self._begin)
         try:
             fit(self.run, after_step=watch, after_eval=lambda run: self._save())
         except NonFiniteLossError as error:
@@ -314,10 +257,21 @@ class _Fold:
         finally:
             if self.events is not None:
                 self.events.close()
-        write_text(self.folder / "done", "done")
+        on_first(lambda: write_text(self.folder / "done", "done"))
+
+    def _begin(self) -> None:
+        self.journal.write()
+        note_environment(self.folder, self.run.device)
+        if self.experiment.tensorboard:
+            self.events = EventFiles(self.folder / "tensorboard", self.journal.records)
+
+    def _write(self) -> None:
+        self.journal.write()
+        if self.events is not None:
+            self.events.write(self.journal.records[-1])
 
     def _resume(self, checkpoint: Path) -> None:
-        saved = load_checkpoint(checkpoint)
+        saved = on_first(lambda: load_checkpoint(checkpoint))
         found = list(differences(self.settings, saved["settings"]))
         require(
             not found,
@@ -337,7 +291,7 @@ class _Fold:
             "seconds": self.clock.read(),
             "threads": torch.get_num_threads(),
         }
-        save_checkpoint(self.folder / "checkpoint.pt", content)
+        on_first(lambda: save_checkpoint(self.folder / "checkpoint.pt", content))
 
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
@@ -363,9 +317,7 @@ class _Fold:
         else:
             self._check_finite("training loss", self._training_loss())
         self.journal.add(moment, candidates, scores, self.scorer.weights)
-        self.journal.write()
-        if self.events is not None:
-            self.events.write(self.journal.records[-1])
+        on_first(self._write)
         return validation
 
     @torch.no_grad()
@@ -373,7 +325,7 @@ class _Fold:
         """Of the live weights, on one batch."""
         batch = self.run.batches(self.run.t)
         logits = self.scorer.logits("live", batch.x)
-        return F.cross_entropy(logits, batch.y).item()
+        return mean(F.cross_entropy(logits, batch.y)).item()
 
     def _check_finite(self, what: str, loss: float) -> None:
         """Stop before the checkpoint where the last update blew the weights up."""

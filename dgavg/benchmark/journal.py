@@ -26,6 +26,7 @@ SETTINGS = (
     "stopping",
     "precision",
     "device",
+    "processes",
     "init_seed",
     "also_batchnorm",
     "search",

@@ -17,6 +17,7 @@ from dgavg.benchmark.stacked import run_stack, stacks
 from dgavg.benchmark.table import Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
+from dgavg.distributed import together
 from dgavg.errors import require
 from dgavg.models import Model
 from dgavg.trainer import Trainer
@@ -82,7 +83,8 @@ def leave_one_domain_out(
     `trainer` is a chain or its name, `data` a data set or its name, `model` a name or a function of
     input shape (C, H, W) and number of classes. `settings` are those that `dgavg --cfg job` prints,
     by dotted name: `{"protocol.steps": 300, "optimizer.lr": 1e-3}`; `search` is a search space or
-    the name of one.
+    the name of one. In processes that `torchrun` started each run trains on all of them, and each
+    gets the table.
 
     Raises `UserError` for whatever can't work.
     """
@@ -109,10 +111,11 @@ def leave_one_domain_out(
             value = list(value) if isinstance(value, tuple | range) else value
             OmegaConf.update(config, key, value, merge=key != "search", force_add=key == "search")
         composed = plain(config)
-    found = experiments(
-        composed,
-        trainer=None if isinstance(trainer, str) else trainer,
-        dataset=None if isinstance(data, str) else data,
-        model=None if isinstance(model, str) else model,
-    )
-    return Table(run_experiments(found, quiet=quiet))
+    with together():
+        found = experiments(
+            composed,
+            trainer=None if isinstance(trainer, str) else trainer,
+            dataset=None if isinstance(data, str) else data,
+            model=None if isinstance(model, str) else model,
+        )
+        return Table(run_experiments(found, quiet=quiet))

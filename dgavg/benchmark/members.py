@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgavg.benchmark.files import differences, read_records
-from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.folder import read_config
 from dgavg.benchmark.reading import finished_runs
 from dgavg.benchmark.table import POOLED
 from dgavg.chain import adapting

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dgavg.benchmark.results import test_score
+from dgavg.distributed import is_first
 from dgavg.evaluation.selection import selected_step
 from dgavg.fit import FLUSH
 from dgavg.run import Run
@@ -27,7 +28,7 @@ class Watcher:
 
     def __init__(self, title: str, runs: int, steps: int, *, quiet: bool = False) -> None:
         self.title, self.runs, self.steps, self.quiet = title, runs, steps, quiet
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = Console(file=sys.stderr, highlight=False, quiet=not is_first())
         self.bar = Progress(
             TextColumn(title),
             TextColumn("{task.description}"),

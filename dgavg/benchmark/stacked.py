@@ -21,14 +21,12 @@ from dgavg.benchmark.fold import (
     Clock,
     Watch,
     by_policies,
-    check_same,
     left_out,
-    locked,
     settings_of_run,
     starting,
     threads_for,
-    write_config,
 )
+from dgavg.benchmark.folder import check_same, locked, write_config
 from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import rows_to_score
 from dgavg.chain import renew

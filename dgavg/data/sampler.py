@@ -14,6 +14,7 @@ from dgavg.data.augment import AUGMENTATIONS
 from dgavg.data.domains import DomainDataset, as_floats
 from dgavg.data.splits import Splits, seed_hash
 from dgavg.data.stream import Ahead, Images, ahead
+from dgavg.distributed import rank, ranks
 from dgavg.errors import require, unknown
 
 BLOCK = 64  # steps whose rows are drawn at once
@@ -21,6 +22,9 @@ BLOCK = 64  # steps whose rows are drawn at once
 
 class TrainingBatches:
     """Batches of `batch_size` random rows of each training domain, ordered by domain.
+
+    Where several processes train together, these are the rows of all of them: process r of n gets
+    rows r·`batch_size`/n to (r + 1)·`batch_size`/n of each domain, and crops of its own.
 
     Rows are drawn uniformly with replacement, as DomainBed's `InfiniteDataLoader` does. Which rows
     make batch t follows from (seed, t) alone; with an augmentation the pixels do too, on one kind
@@ -35,7 +39,8 @@ class TrainingBatches:
     says where each training image stands among all images of the data set, domain after domain.
 
     Raises `UserError` for no training domain, one twice or one that does not exist, an unknown
-    augmentation, and a training domain with fewer images than one batch needs.
+    augmentation, a training domain with fewer images than one batch needs, and a batch that the
+    processes can't share evenly.
     """
 
     def __init__(
@@ -63,6 +68,12 @@ class TrainingBatches:
         if augment not in AUGMENTATIONS:
             raise unknown("augmentation", augment, AUGMENTATIONS)
         require(batch_size >= 1, f"protocol.batch_size={batch_size} must be at least 1")
+        least = -(-batch_size // ranks()) * ranks()
+        require(
+            batch_size % ranks() == 0,
+            f"protocol.batch_size={batch_size} images a domain can't be shared evenly by {ranks()} "
+            f"processes; write protocol.batch_size={least}",
+        )
         self.names = tuple(dataset.names[i] for i in train_domains)
         self.domains = len(self.names)
         self.classes = len(dataset.classes)
@@ -86,7 +97,9 @@ class TrainingBatches:
         )
         self._images = Images(parts, self._device, resident)
         self._labels = torch.cat(labels).to(self._device)
-        self._d = torch.arange(self.domains, device=self._device).repeat_interleave(batch_size)
+        self._d = torch.arange(self.domains, device=self._device).repeat_interleave(
+            batch_size // ranks()
+        )
 
         self._augment = None if augment == "none" else AUGMENTATIONS[augment]
         self._augment_rng = torch.Generator(self._device)
@@ -97,7 +110,10 @@ class TrainingBatches:
         self._rows: tuple[Tensor, ...] = ()
 
     def __call__(self, t: int) -> Batch:
-        """Batch t ≥ 0: x float32 (domains · batch_size, C, H, W) in [0, 1], y and d int64."""
+        """Batch t ≥ 0: x float32 (domains · batch_size, C, H, W) in [0, 1], y and d int64.
+
+        Of several processes each has its share of the rows.
+        """
         block, step = divmod(t, BLOCK)
         if block != self._block:
             self._rows, self._block = _to_device(self._draw(block), self._device).unbind(0), block
@@ -109,7 +125,8 @@ class TrainingBatches:
         if self._augment is None:
             x = as_floats(images)
         else:
-            self._augment_rng.manual_seed(seed_hash("augment", self._seed, t))
+            own = (rank(),) if rank() else ()
+            self._augment_rng.manual_seed(seed_hash("augment", self._seed, t, *own))
             x = self._augment(images, self._augment_rng)
         return Batch(x, self._labels.index_select(0, rows), self._d, self.domains)
 
@@ -133,8 +150,9 @@ class TrainingBatches:
         Yields x, float32 (n, C, H, W) in [0, 1], n ≤ `batch_size`. The order is always the same.
         Each batch has each domain's share of the images to within one or two, and no two batches
         differ in length by more than one: a plain mean over batches is then right for batch norm.
+        Of several processes each has its share of the batches.
         """
-        parts = self.pooled_rows(batch_size)
+        parts = self.pooled_rows(batch_size)[rank() :: ranks()]
         if self._images.resident:
             yield from (as_floats(self._images.take(rows)) for rows in parts)
         else:
@@ -159,7 +177,7 @@ class _Rows:
         self._last: tuple[int, Tensor] = -1, torch.empty(0)
 
     def __call__(self, t: int) -> Tensor:
-        """The rows of batch t: (domains · batch_size,)."""
+        """The rows of batch t: (domains · batch_size,), or this process's share of them."""
         number, step = divmod(t, BLOCK)
         last = self._last  # read once, for two threads ask
         if last[0] != number:
@@ -167,7 +185,7 @@ class _Rows:
         return last[1][step]
 
     def block(self, number: int) -> Tensor:
-        """The rows of each step of a block: (BLOCK, domains · batch_size)."""
+        """The rows of each step of a block: (BLOCK, domains · batch_size), or the share."""
         rng = torch.Generator().manual_seed(seed_hash("batches", self.seed, number))
         parts, start = [], 0
         for size in self.sizes:
@@ -175,7 +193,8 @@ class _Rows:
                 torch.randint(start, start + size, (BLOCK, self.batch_size), generator=rng)
             )
             start += size
-        return torch.cat(parts, dim=1)
+        by_rank = torch.cat(parts, dim=1).view(BLOCK, len(self.sizes), ranks(), -1)
+        return by_rank[:, :, rank()].flatten(1)
 
 
 def _to_device(rows: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dgavg.averaging.parameters import check_same
 from dgavg.benchmark.files import read_records
-from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.folder import read_config
 from dgavg.benchmark.members import is_combined, weights_file
 from dgavg.benchmark.rebuild import untrained
 from dgavg.errors import UserError, require, unknown

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -20,6 +21,7 @@ from dgavg.averaging.batchnorm import batchnorm_recalibration, statistics_layers
 from dgavg.averaging.parameters import named_tensors, plain_names, same_values
 from dgavg.data.domains import as_floats
 from dgavg.data.stream import ahead
+from dgavg.distributed import rank, ranks
 from dgavg.errors import require
 from dgavg.evaluation.split import Split as Split
 from dgavg.evaluation.split import joined
@@ -54,7 +56,8 @@ class Scorer:
     training. `pooled()` yields the un-augmented training images, in batches that mix all training
     domains, for candidates whose batch norm is recalibrated; they all share one pass over it.
     Probes are not scored on the splits named in `held_out`. Random numbers are neither drawn nor
-    seeded.
+    seeded. Of several processes each scores its share of the batches, `pooled` gives each its
+    share of images, and all get the same scores.
     """
 
     def __init__(
@@ -148,11 +151,18 @@ class Scorer:
         self, twins: Mapping[str, list[nn.Module]], tested: Collection[str], *, others: bool = True
     ) -> dict[str, Found]:
         """Scores of all on the splits not held out, if `others`, and of the `tested` on those."""
-        wanted = {True: bool(tested), False: others and bool(twins)}  # by: is it held out?
-        plans = [p for p in self._plans() if wanted[p[0][0] in self.held_out]]
-        sums: dict[tuple[str, str], Tensor] = {}
+        names_of = {k: list(tested) if k in self.held_out else list(twins) for k in self.splits}
+        if not others:
+            names_of = {k: v for k, v in names_of.items() if k in self.held_out}
+        sums = {  # all of them, for another process may score what this one does not
+            (name, split): torch.zeros(2, device=self.splits[split].labels.device)
+            for split, names in names_of.items()
+            for name in names
+            if len(self.splits[split])
+        }
+        plans = [plan for plan in self._plans() if names_of.get(plan[0][0])]
         for rows, images, labels in self._batches(plans):
-            names = list(tested if not self.held_out.isdisjoint(rows) else twins)
+            names = names_of[next(iter(rows))]
             logits = torch.stack([self._prediction(twins[name], images) for name in names])
             right = (logits.argmax(dim=2) == labels).to(logits.dtype)
             targets = labels.expand(len(names), -1)
@@ -161,16 +171,12 @@ class Scorer:
             parts = torch.split(each, list(rows.values()), dim=1)
             for split, part in zip(rows, parts, strict=True):
                 for name, found in zip(names, part.sum(dim=1), strict=True):
-                    key = name, split
-                    sums[key] = sums[key] + found if key in sums else found
-        values = torch.stack(list(sums.values())).tolist() if sums else []  # the one host sync
-        found_by = dict(zip(sums, values, strict=True))
+                    sums[name, split] = sums[name, split] + found
         scores: dict[str, Found] = {name: {} for name in twins}
-        for name, split in itertools.product(twins, self.splits):
-            if (name, split) in found_by:
-                n = len(self.splits[split].labels)
-                right, loss = found_by[name, split]
-                scores[name][split] = SplitScore(right / n, loss / n, n)
+        for (name, split), total in zip(sums, _totals(list(sums.values())), strict=True):
+            hits, log_loss = total
+            n = len(self.splits[split])
+            scores[name][split] = SplitScore(hits / n, log_loss / n, n)
         return scores
 
     def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:
@@ -182,6 +188,7 @@ class Scorer:
 
     def _batches(self, plans: list[Plan]) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
         """Images that are not on the device are brought there while the batch before is scored."""
+        plans = plans[rank() :: ranks()]
         held = all(split.resident for split in self.splits.values())
         gathered = map(self._gather, plans) if held else ahead(self._gather, plans)
         for plan, images in zip(plans, gathered, strict=True):
@@ -264,6 +271,18 @@ class Scorer:
             for images in self.pooled():
                 for twin in twins:
                     self.forward(twin, images)
+
+
+def _totals(sums: list[Tensor]) -> list[list[float]]:
+    """Sums over the batches of all processes as numbers: the one host sync."""
+    if not sums:
+        return []
+    own = torch.stack(sums)
+    if ranks() > 1:
+        own = own.double()
+        dist.all_reduce(own)
+    found: list[list[float]] = own.tolist()
+    return found
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from dgavg.batch import Batch, Loss
+from dgavg.gather import gather
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
 
@@ -44,8 +47,10 @@ class Basic(Trainer):
         return loss
 
     def loss(self, run: Run, batch: Batch) -> Loss:
-        """Mean cross-entropy of each domain, equally weighted."""
-        features, logits = run.forward(batch.x)
+        """Mean cross-entropy of each domain, equally weighted, over the rows of all processes."""
+        own = *run.forward(batch.x), batch.y, batch.d
+        features, logits, y, d = (gather(rows, batch.domains) for rows in own)
+        batch = replace(batch, y=y, d=d)
         errors = F.cross_entropy(logits, batch.y, reduction="none")
         risks = batch.by_domain(errors).mean(dim=1)
         even = torch.full_like(risks, 1.0 / batch.domains)

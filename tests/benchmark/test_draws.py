@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dgavg import UserError, leave_one_domain_out
-from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.folder import read_config
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.search import draw
 from dgavg.benchmark.table import Table

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgavg import UserError
-from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.folder import read_config
 from dgavg.benchmark.members import find_members
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.table import Table

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgavg import Trainer, trainer
-from dgavg.benchmark.fold import read_config
+from dgavg.benchmark.folder import read_config
 from dgavg.models import build_model
 
 

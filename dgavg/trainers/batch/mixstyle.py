@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgavg.distributed import rank
 from dgavg.errors import UserError, require
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
@@ -113,6 +114,8 @@ class Mixer:
         random, n, domains = run.random(f"mixstyle.{self.layer}"), len(given), len(run.names)
         if random.random() >= link.p:
             return None
+        if rank():  # other partners in each process, but one coin for all
+            random = run.random(f"mixstyle.{self.layer}.{rank()}")
         if link.mix == "crossdomain":
             partner = partners(random, n, domains, across=True, shuffled=True)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dgavg.batch import Batch, Loss
@@ -62,4 +64,5 @@ def joined(losses: list[Loss], batch: Batch) -> Loss:
         for part in ("risks", "logits", "features")
     )
     weights = torch.cat([one.weights for one in losses]) / len(losses)
-    return Loss(risks, weights, logits, features, batch, terms)
+    y, d = (torch.cat([getattr(one.batch, part) for one in losses]) for part in ("y", "d"))
+    return Loss(risks, weights, logits, features, replace(batch, y=y, d=d), terms)

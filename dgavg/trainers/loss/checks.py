@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from dgavg.distributed import ranks
 from dgavg.errors import require
 from dgavg.run import Run
 
@@ -18,5 +19,5 @@ def check_weight(name: str, weight: float) -> None:
 
 def check_rows(name: str, run: Run) -> None:
     """Raise `UserError` where a batch has one image of each domain: no halves, no covariance."""
-    rows = len(run.batches(0).y) // len(run.names)
+    rows = len(run.batches(0).y) * ranks() // len(run.names)
     require(rows > 1, f"{name} needs at least 2 images of each domain a batch")

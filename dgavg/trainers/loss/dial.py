@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dgavg.batch import Batch, Loss
+from dgavg.distributed import ranks
 from dgavg.errors import require
+from dgavg.gather import gather, mean, own_rows
 from dgavg.run import Run
 from dgavg.trainer import Trainer, trainer
 from dgavg.trainers.gradient.passes import statistics_kept
@@ -59,9 +61,10 @@ class DIAL(Trainer):
         out = self.inner.loss(run, batch)
         if self.weight == 0:
             return out
+        natural = own_rows(out.logits.detach(), batch.domains)
         with statistics_kept(run):
-            _, logits = run.forward(self._adversarial(run, batch, out.logits.detach()))
-        out.terms["dial"] = self.weight * F.cross_entropy(logits, batch.y)
+            _, logits = run.forward(self._adversarial(run, batch, natural))
+        out.terms["dial"] = self.weight * mean(F.cross_entropy(logits, batch.y))
         return out
 
     def _adversarial(self, run: Run, batch: Batch, natural: Tensor) -> Tensor:
@@ -70,12 +73,13 @@ class DIAL(Trainer):
         y = batch.y if batch.y.is_floating_point() else F.one_hot(batch.y, natural.shape[1])
         # the slope of cross-entropy plus KL divergence is that of one cross-entropy
         target = y.to(natural) + natural.softmax(dim=1)
-        lowest, highest = x.amin().clamp(max=0.0), x.amax().clamp(min=1.0)
+        ends = gather(torch.stack([x.amin(), x.amax()])[None], 1)  # one row a process
+        lowest, highest = ends[:, 0].amin().clamp(max=0.0), ends[:, 1].amax().clamp(min=1.0)
         seed = int(run.random("dial").integers(2**63))
         random = torch.Generator(device=x.device).manual_seed(seed)
-        found = x + self.noise * torch.randn(
-            x.shape, generator=random, device=x.device, dtype=x.dtype
-        )
+        shape = len(x) * ranks(), *x.shape[1:]
+        drawn = torch.randn(shape, generator=random, device=x.device, dtype=x.dtype)
+        found = x + self.noise * own_rows(drawn, batch.domains)
         for _ in range(self.steps):
             found.requires_grad_()
             _, logits = run.forward(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
+from dgavg.gather import gather, made_by
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, state, trainer
 from dgavg.trainers.loss.anneal import annealed, jump_of, reset_at
@@ -74,9 +75,12 @@ class Fishr(Trainer):
         with calls_of(last) as calls:
             out = self.inner.loss(run, batch)
         features = input_of(out.logits, calls)
+        if len(features) < len(out.logits):  # those of this process alone
+            features = gather(features, batch.domains)
         if last.bias is not None:
             features = F.pad(features, (0, 1), value=1.0)
-        found = variances(batch.by_domain(features), batch.by_domain(slopes(out.logits, batch.y)))
+        along = slopes(out.logits, out.batch.y)
+        found = variances(batch.by_domain(features), batch.by_domain(along))
         self.noted.note(run, found)
         weight = annealed(run, self.weight, self.jump, before=0.0)
         out.terms["fishr"] = weight * spread(found + self.ema * self.sums)
@@ -123,12 +127,13 @@ def input_of(logits: Tensor, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
 
     Raises `UserError` where none gave them.
     """
-    before = () if logits.grad_fn is None else logits.grad_fn.next_functions
-    nodes = [node for node, _ in before if node is not None]
+    made = made_by(logits)
+    nodes = [] if made is None else [node for node, _ in made.next_functions if node is not None]
     found = [
         given
         for given, out in calls
-        if out is logits or (out.dtype != logits.dtype and out.grad_fn in nodes)  # made float32
+        if (out.grad_fn is made and made is not None)
+        or (out.dtype != logits.dtype and out.grad_fn in nodes)  # made float32
     ]
     require(
         bool(found) or not logits.requires_grad,

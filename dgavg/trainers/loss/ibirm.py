@@ -63,7 +63,7 @@ class IBIRM(Trainer):
         invariance = annealed(run, self.irm_weight, self.irm_jump)
         out.terms["ibirm"] = weight * iberm.penalty(
             batch.by_domain(out.features)
-        ) + invariance * irm.penalty(out.logits, batch)
+        ) + invariance * irm.penalty(out.logits, out.batch)
         return out
 
     def after_step(self, run: Run) -> None:

@@ -45,7 +45,7 @@ class IRM(Trainer):
         """Add the penalty."""
         out = self.inner.loss(run, batch)
         weight = annealed(run, self.weight, self.jump)
-        out.terms["irm"] = weight * penalty(out.logits, batch)
+        out.terms["irm"] = weight * penalty(out.logits, out.batch)
         return out
 
     def setup(self, run: Run) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from dgavg.run import Run
-from dgavg.update import averaged
 
 
 class Noted:
@@ -28,9 +27,9 @@ class Noted:
             self.t, self.value = run.t, value.detach()
 
     def take(self) -> Tensor | None:
-        """What was noted, the mean over all processes; None where nothing was."""
+        """What was noted; None where nothing was."""
         value, self.value = self.value, None
-        return None if value is None else averaged([value])[0]
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a checkpoint stands between two steps."""

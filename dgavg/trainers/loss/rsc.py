@@ -58,11 +58,11 @@ class RSC(Trainer):
             return classifier(features.to(dtype)).float()
 
         with statistics_kept(run):
-            kept = kept_features(head, out.features, batch.y, self.f_drop, self.b_drop)
+            kept = kept_features(head, out.features, out.batch.y, self.f_drop, self.b_drop)
             features = out.features * kept
             with run.autocast():
                 logits = head(features).float()
-        errors = F.cross_entropy(logits, batch.y, reduction="none")
+        errors = F.cross_entropy(logits, out.batch.y, reduction="none")
         risks = batch.by_domain(errors).mean(dim=1)
         return replace(out, risks=risks, logits=logits, features=features)
 

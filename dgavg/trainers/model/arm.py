@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
+from dgavg.gather import mean
 from dgavg.models.model import backbone_of
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, trainer
@@ -104,7 +105,9 @@ class Contextual(nn.Module):
         context = self.context(x)
         domains = self.domains if self.training else 1
         by_domain = context.reshape(domains, -1, *context.shape[1:])
-        shared = by_domain.mean(dim=1, keepdim=True).expand_as(by_domain).flatten(0, 1)
+        centre = by_domain.mean(dim=1, keepdim=True)
+        centre = mean(centre) if self.training else centre  # of the rows of all processes
+        shared = centre.expand_as(by_domain).flatten(0, 1)
         features: Tensor = self.network(torch.cat([x, shared.to(x.dtype)], dim=1))
         return features
 

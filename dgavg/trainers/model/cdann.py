@@ -57,10 +57,10 @@ class CDANN(Trainer):
         """Add the discriminator's loss, turned round for the features."""
         out = self.inner.loss(run, batch)
         features = reverse(out.features, self.weight)
-        y = batch.y
+        y = out.batch.y
         labels = (y if y.is_floating_point() else F.one_hot(y, run.classes)).to(features.dtype)
         net, penalty = run.extras["cdann"], self.grad_penalty
-        out.terms["cdann"] = adversary(net, features, batch, penalty, labels, balanced(labels))
+        out.terms["cdann"] = adversary(net, features, out.batch, penalty, labels, balanced(labels))
         return out
 
 

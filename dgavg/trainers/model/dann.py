@@ -59,5 +59,5 @@ class DANN(Trainer):
         """Add the discriminator's loss, turned round for the features."""
         out = self.inner.loss(run, batch)
         features = reverse(out.features, self.weight)
-        out.terms["dann"] = adversary(run.extras["dann"], features, batch, self.grad_penalty)
+        out.terms["dann"] = adversary(run.extras["dann"], features, out.batch, self.grad_penalty)
         return out

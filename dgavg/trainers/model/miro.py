@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
 from dgavg.errors import require, unknown
+from dgavg.gather import mean
 from dgavg.run import Run
 from dgavg.trainer import Trainer, fixed, trainer
 from dgavg.trainers.loss.checks import check_weight
@@ -72,7 +73,7 @@ class MIRO(Trainer):
             out = self.inner.loss(run, batch)
         with run.autocast():
             start = anchor(batch.x)
-        out.terms["miro"] = self.weight * penalty(live, start, anchor.variances())
+        out.terms["miro"] = self.weight * mean(penalty(live, start, anchor.variances()))
         return out
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dgavg.batch import Batch, Loss
 from dgavg.errors import UserError, require
+from dgavg.gather import mean
 from dgavg.run import Run
 from dgavg.trainer import Trainer, state, trainer
 from dgavg.trainers.loss.noted import Noted
@@ -86,7 +87,7 @@ class DomainHead(nn.Module):
         """Logits; in evaluation mode those of a domain like the mean of all training domains."""
         if self.training:
             rows = features.reshape(len(self.embeddings), -1, features.shape[1])
-            means = self.ema * rows.mean(dim=1) + (1 - self.ema) * self.embeddings
+            means = self.ema * mean(rows.mean(dim=1)) + (1 - self.ema) * self.embeddings
             context = means[:, None].expand_as(rows).flatten(0, 1)
         else:
             context = self.embeddings.mean(dim=0).expand_as(features)
