@@ -122,7 +122,8 @@ def _drawn(base: Experiment, settings: Mapping[str, Any], draw: int, seed: int) 
     else:
         values = search.draw(space, draw, seed, steps=base.protocol["steps"], **where)
     others = _with({**settings, "seeds": [seed]}, values)
-    one = build(others, dataset=base.dataset)
+    known = replace(base.dataset, content=base.identity["data"]["content"])  # hashed once
+    one = build(others, dataset=known)
     parts = ("trainer", "model", "optimizer", "protocol")
     identity = {**base.identity, **{part: one.identity[part] for part in parts}}
     identity["search"] = {**base.identity["search"], "hparams_seed": draw}

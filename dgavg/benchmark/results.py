@@ -78,6 +78,11 @@ def score_of(record: Mapping[str, Any], splits: Mapping[str, Any]) -> tuple[floa
     return accuracy, sum(x * s["n"] for x, s in zip(losses, scores, strict=True)) / n
 
 
+def title_of(data: Mapping[str, Any]) -> str:
+    """The data set of a record or config as people call it."""
+    return str(data.get("title") or data["name"])
+
+
 def searched(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The settings that a search draws for runs like this one."""
     return tuple(record.get("search", {}).get("settings", ()))

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from dgavg.benchmark.files import differences
 from dgavg.benchmark.labels import labels
-from dgavg.benchmark.results import SELECTED, Cell, Runs, grouped, results, score_of, searched
+from dgavg.benchmark.results import (
+    SELECTED,
+    Cell,
+    Runs,
+    grouped,
+    results,
+    score_of,
+    searched,
+    title_of,
+)
 from dgavg.benchmark.statistics import mean_and_error, paired_interval, rank_correlation
 from dgavg.benchmark.text import aligned, cell, difference, interval
 from dgavg.errors import require, unknown
@@ -206,7 +215,7 @@ class Table:
         n = len(self.seeds)
         seeds = f"{n} seed" + "s" * (n > 1) if n else "the runs of all seeds together"
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
-        name = self.data.get("title") or self.data["name"]
+        name = title_of(self.data)
         size = "searched" if "protocol.batch_size" in self.searched else self.protocol["batch_size"]
         draws = max(len(by) for cells in self.groups.values() for by in cells.runs.values())
         lines = [

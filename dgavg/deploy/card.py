@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import dgavg
+from dgavg.benchmark.results import title_of
 from dgavg.deploy.library import Native, normalisation
 from dgavg.deploy.saved import Saved
 from dgavg.evaluation import RULES
@@ -116,8 +117,7 @@ def _front(run: Saved, form: Native | None) -> str:
 
 
 def _data(run: Saved) -> str:
-    data = run.config["data"]
-    return str(data.get("title", data["name"]))
+    return title_of(run.config["data"])
 
 
 def _what(run: Saved) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dgavg.benchmark.reading import Environments
-from dgavg.benchmark.results import SELECTED, Result, Runs
+from dgavg.benchmark.results import SELECTED, Result, Runs, title_of
 from dgavg.benchmark.statistics import Point, curve
 from dgavg.benchmark.table import POOLED, Table
 from dgavg.errors import UserError
@@ -52,7 +52,7 @@ class Section:
     @property
     def name(self) -> str:
         """The data set as a title says it."""
-        return str(self.table.data.get("title") or self.table.data["name"])
+        return title_of(self.table.data)
 
     @property
     def protocol(self) -> str:

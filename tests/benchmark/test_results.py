@@ -6,7 +6,7 @@ import pytest
 from benchmark.made_records import PROTOCOL, record
 
 from dgavg import Table, UserError
-from dgavg.benchmark.results import grouped, results
+from dgavg.benchmark.results import grouped, results, title_of
 from dgavg.benchmark.table import tables
 
 
@@ -149,3 +149,15 @@ def test_a_departure_from_the_protocol_stands_in_the_title():
     one = record(10, {"live": (0.25, 0.9)}, changed=["model.resnet18=True", "optimizer.lr=0.1"])
     lines = str(Table({"r": [[one]]})).splitlines()
     assert lines[3] == "NOT as the protocol says: model.resnet18=True, optimizer.lr=0.1"
+
+
+@pytest.mark.parametrize(
+    ("data", "title"),
+    [
+        ({"name": "folder", "title": "PACS"}, "PACS"),
+        ({"name": "pacs", "title": None}, "pacs"),
+        ({"name": "digits"}, "digits"),
+    ],
+)
+def test_a_data_set_is_called_by_its_title_where_it_has_one(data, title):
+    assert title_of(data) == title

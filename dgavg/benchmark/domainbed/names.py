@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dgavg.benchmark.results import title_of
+
 ALGORITHMS = (
     *("ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN"),
     *("CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "ANDMask", "SANDMask", "IGA"),
@@ -92,7 +94,7 @@ def dataset_of(data: Mapping[str, Any], domains: Sequence[str]) -> str:
 
     DomainBed knows domains by number, so the domains must be as many as its own, in its order.
     """
-    ours = str(data.get("title") or data["name"])
+    ours = title_of(data)
     spelt = plain(ours + str(data.get("variant") or ""))
     for name, environments in ENVIRONMENTS.items():
         if plain(_OTHER_NAMES.get(spelt, spelt)) == plain(name) and _agree(domains, environments):
