@@ -67,7 +67,8 @@ def run_fold(
     """Train with `fold` left out, or go on where a killed run stopped; returns the records.
 
     A run that is done is only read. Raises `UserError` where its folder holds a run of other
-    settings, or another process is at work in it; what can't be trained leaves no folder.
+    settings, and `BusyError` where another process is at work in it; what can't be trained leaves
+    no folder.
     """
     folder = experiment.run_folder(fold, seed)
     settings = {**experiment.identity, "dataset": described(experiment.dataset)}
@@ -92,11 +93,15 @@ def _left_out(fold: Fold) -> dict[str, str]:
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
 
 
+class BusyError(UserError):
+    """Another process is at work in the folder of a run."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it.
 
-    Raises `UserError` where another one is at work there.
+    Raises `BusyError` where another one is at work there.
     """
     make_folder(folder)
     lock = FileLock(folder / ".lock")
@@ -105,9 +110,18 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             message = f"another process is training in {folder}; wait for it to end"
-            raise UserError(message) from None
+            raise BusyError(message) from None
     with lock:
         yield
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process is at work in the folder of a run."""
+    try:
+        with locked(folder):
+            return True
+    except BusyError:
+        return False
 
 
 def check_same(folder: Path, settings: Mapping[str, Any]) -> None:

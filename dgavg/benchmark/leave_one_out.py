@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from dgavg.benchmark.experiment import Experiment, Fold, experiments
-from dgavg.benchmark.fold import run_fold
+from dgavg.benchmark.fold import BusyError, is_free, run_fold
 from dgavg.benchmark.progress import Watcher
 from dgavg.benchmark.results import Runs
 from dgavg.benchmark.table import Table
@@ -19,25 +22,74 @@ from dgavg.errors import require
 from dgavg.models import Model
 from dgavg.trainer import Trainer
 
+WAIT = 0.5  # seconds between two looks at a run that another process is training
 
-def run_experiments(experiments: Sequence[Experiment], *, quiet: bool = False) -> Runs:
-    """Run every fold and seed that is not done yet; returns the records of them all."""
-    folds = [(e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds]
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that could not be trained, and why."""
+
+    experiment: Experiment
+    fold: Fold
+    seed: int
+    error: Exception
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.experiment.run_folder(self.fold, self.seed)
+
+
+def run_experiments(
+    experiments: Sequence[Experiment],
+    *,
+    quiet: bool = False,
+    tell: Callable[[str], None] | None = None,
+    failures: list[Failure] | None = None,
+    patient: bool = True,
+) -> Runs:
+    """Run every fold and seed that is not done yet; returns the records of them all.
+
+    What fails is raised, or, with a list of `failures`, added to it: the others go on. Then a run
+    that another process is training is left to it and, if `patient`, waited for at the end.
+    `quiet` and `tell` are of `Watcher`.
+    """
+    todo = deque((e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds)
     first = experiments[0]
     found: dict[tuple[str, Fold, int], list[dict[str, Any]]] = {}
-    with Watcher(first.spec, len(folds), first.protocol["steps"], quiet=quiet) as watcher:
+    busy: set[Path] = set()
+    steps = first.protocol["steps"]
+    with Watcher(first.spec, len(todo), steps, quiet=quiet, tell=tell) as watcher:
         for note in first.dataset.notes:
             watcher.note(note)
-        for experiment, fold, seed in folds:
+        while todo:
+            experiment, fold, seed = todo.popleft()
+            folder = experiment.run_folder(fold, seed)
+            while folder in busy and not is_free(folder):
+                time.sleep(WAIT)
             watcher.start(" and ".join(fold), seed)
-            records = run_fold(experiment, fold, seed, watcher)
+            try:
+                records = run_fold(experiment, fold, seed, watcher)
+            except Exception as error:
+                if failures is None:
+                    raise
+                if patient and isinstance(error, BusyError):
+                    if folder not in busy:
+                        watcher.note(f"another process is training in {folder}: left to it for now")
+                    busy.add(folder)
+                    todo.append((experiment, fold, seed))
+                else:
+                    failures.append(Failure(experiment, fold, seed, error))
+                continue
             found[experiment.folder.name, fold, seed] = records
             watcher.end(records)
     runs: Runs = {}
     for experiment in experiments:
         name = experiment.folder.name
-        each = [found[name, f, s] for f in experiment.folds for s in experiment.seeds]
-        runs.setdefault(name, []).extend(each)
+        keys = [(name, f, s) for f in experiment.folds for s in experiment.seeds]
+        each = [found[key] for key in keys if key in found]
+        if each:
+            runs.setdefault(name, []).extend(each)
     return runs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dgavg.benchmark.files import read_records
@@ -26,12 +26,18 @@ def finished_runs(folders: Sequence[Path]) -> tuple[dict[Path, str], int]:
         unfinished += len(each - ended - seen)
         found += sorted(ended - seen)
         seen |= each
+    return named(found), unfinished
+
+
+def named(runs: Iterable[Path]) -> dict[Path, str]:
+    """The folders of runs, each once, with the name of each; groups of one name by their path."""
+    found = list(dict.fromkeys(runs))
     names = [path.name for path in dict.fromkeys(run.parent.parent for run in found)]
     return {
         run: group.name if names.count(group.name) == 1 else str(group)
         for run in found
         for group in [run.parent.parent]
-    }, unfinished
+    }
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
@@ -40,7 +46,15 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
     Raises `UserError` as `finished_runs` does, and for damaged records.
     """
     found, unfinished = finished_runs(folders)
-    runs: Runs = {}
-    for folder, name in found.items():
-        runs.setdefault(name, []).append(read_records(folder / "records.jsonl"))
-    return runs, unfinished
+    return records_of(found), unfinished
+
+
+def records_of(runs: Mapping[Path, str]) -> Runs:
+    """The records of runs, by the name of each.
+
+    Raises `UserError` for damaged ones.
+    """
+    found: Runs = {}
+    for folder, name in runs.items():
+        found.setdefault(name, []).append(read_records(folder / "records.jsonl"))
+    return found
