@@ -40,6 +40,11 @@ class Failure:
         return self.experiment.run_folder(self.fold, self.seed)
 
 
+def left(folder: Path) -> str:
+    """What is said of a run that another process is training."""
+    return f"another process is training in {folder}: left to it for now"
+
+
 def run_experiments(
     experiments: Sequence[Experiment],
     *,
@@ -75,7 +80,7 @@ def run_experiments(
                     raise
                 if patient and isinstance(error, BusyError):
                     if folder not in busy:
-                        watcher.note(f"another process is training in {folder}: left to it for now")
+                        watcher.note(left(folder))
                     busy.add(folder)
                     todo.append((experiment, fold, seed))
                 else:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from dgavg.benchmark.fold import is_free
-from dgavg.benchmark.leave_one_out import WAIT
+from dgavg.benchmark.leave_one_out import WAIT, left
 from dgavg.errors import UserError
 from dgavg.sweep.reports import Failed, Report, read_report
 
@@ -138,9 +138,7 @@ class _Show:
                 continue
             self.seen.add(path)
             if report.busy:
-                self.say(
-                    report.failed[0].message.replace("wait for it to end", "left to it for now")
-                )
+                self.say(left(report.busy[0]))
                 continue
             self.count += 1
             *notes, last = report.lines if report.runs else [*report.lines, ""]
