@@ -81,7 +81,18 @@ def read_words(arguments: Sequence[str], commands: Iterable[str]) -> Words:
         at = next(i for i, word in enumerate(flags) if word.partition("=")[0] == "--seed")
         del flags[at : at + 1 + ("=" not in flags[at])]
         overrides.append(f"seed={options.seed}")
+    overrides = [one for word in overrides for one in _swept(word)]
     return Words(options, flags, _with_seeds(overrides, bool(options.multirun)))
+
+
+def _swept(word: str) -> list[str]:
+    """`hydra.sweeper.params={SETTING: "VALUES"}` as the overrides that it stands for."""
+    if not word.startswith("hydra.sweeper.params="):
+        return [word]
+    found = OverridesParser.create().parse_override(word).value()
+    fine = isinstance(found, dict) and all(isinstance(v, str) for v in found.values())
+    require(fine, f'{word}: write {{SETTING: "VALUES"}}, or settings alone: SETTING=VALUES')
+    return [f"{key}={values}" for key, values in found.items()]
 
 
 def _with_seeds(overrides: list[str], multirun: bool) -> list[str]:
@@ -95,10 +106,8 @@ def _with_seeds(overrides: list[str], multirun: bool) -> list[str]:
     found = OverridesParser.create().parse_override(word)
     values = [found.value()]
     if found.is_sweep_override():
-        require(
-            multirun,
-            f"{word}: write seeds=[{word[5:]}] for a list, or dgavg -m to run each of them",
-        )
+        listed = f"{word}: write seeds=[{word[5:]}] for a list, or dgavg -m to run each of them"
+        require(multirun, listed)
         require(found.is_discrete_sweep(), f"{word}: write a list such as seed=0,1,2")
         values = list(found.sweep_string_iterator())
     return [w if w != word else f"seeds=[{','.join(map(str, values))}]" for w in overrides]
