@@ -15,7 +15,7 @@ from dgavg.benchmark.table import tables
 from dgavg.config import CONF, explained, register
 from dgavg.errors import UserError
 from dgavg.sweep.job import Job
-from dgavg.sweep.multirun import Multirun, best
+from dgavg.sweep.multirun import best, multirun
 from dgavg.sweep.reports import Report, failures, finished, read_reports
 from dgavg.sweep.words import Words, command, read_words
 
@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> None:
     """
     words = read_words(arguments, COMMANDS)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole; we print them in one line
-    reports = Multirun(words).run() if words.sweeps else _single(words)
+    reports = multirun(words) if words.sweeps else _single(words)
     runs = finished(reports)
     if runs:  # none where Hydra only printed something
         found = [text for table in tables(runs) for text in (str(table), table.differences())]

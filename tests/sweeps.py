@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from dgavg import cli
 
 SMALL = ["model.width=8", "protocol.steps=8", "protocol.eval_every=4"]
 SWEEP = ["-m", "trainer=basic,ema_basic,coral_basic", "holdout=[0,45]", "seed=0,1", *SMALL]
@@ -28,12 +32,18 @@ def start(folder, *words):
     )
 
 
-def dgavg(folder, *words, status=0):
-    """What `dgavg` prints on standard output, and on standard error."""
-    process = start(folder, *words)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == status, error
-    return out, error
+def dgavg(folder, *words, status=0, runs=True):
+    """What `dgavg` prints on standard output, and on standard error.
+
+    Here, so that the processes of joblib stay for the next test. They have a working directory of
+    their own, so `runs` is given whole.
+    """
+    out, error = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(error):
+        given = not runs or any(word.startswith("runs=") for word in words)
+        found = cli.main([*words, *([] if given else [f"runs={folder}/runs"])])
+    assert found == status, error.getvalue()
+    return out.getvalue(), error.getvalue()
 
 
 def records(folder):

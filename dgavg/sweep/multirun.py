@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,14 +39,23 @@ from dgavg.sweep.words import Words, one_run
 SWEEPS = ".sweeps"  # the folder beside the runs where jobs report
 
 
+def multirun(words: Words) -> list[Report]:
+    """Run all jobs of a command; returns their reports.
+
+    Raises `UserError` and what Hydra raises for settings that can't be composed.
+    """
+    try:
+        return Multirun(words).run()
+    finally:
+        GlobalHydra.instance().clear()
+
+
 class Multirun:
     """The jobs of a command, and Hydra's plugins that run them.
 
     Under Hydra's own launcher a job is one combination of settings, and they run one after another
     here. Under another one each is split into its folds and seeds, so that a job is one run. A
     sweeper other than Hydra's own makes its jobs itself, and each is told how good it was.
-
-    Raises `UserError` and what Hydra raises for settings that can't be composed.
     """
 
     def __init__(self, words: Words) -> None:
@@ -189,7 +199,8 @@ def _folder(runs: Path, *, alone: bool) -> Iterator[Path]:
 
 def _settle_optuna(sweeper: DictConfig, *, one_by_one: bool) -> None:
     """Optuna as a job's value wants it. A trial that fails is listed by us, and stops no other."""
-    import optuna
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        import optuna  # its database layer, which it imports anyway, is of an older style
 
     sweeper.direction, sweeper.max_failure_rate = "maximize", 1.0
     if one_by_one:

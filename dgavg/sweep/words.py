@@ -89,7 +89,7 @@ def _swept(word: str) -> list[str]:
     """`hydra.sweeper.params={SETTING: "VALUES"}` as the overrides that it stands for."""
     if not word.startswith("hydra.sweeper.params="):
         return [word]
-    found = OverridesParser.create().parse_override(word).value()
+    found: Any = OverridesParser.create().parse_override(word).value()
     fine = isinstance(found, dict) and all(isinstance(v, str) for v in found.values())
     require(fine, f'{word}: write {{SETTING: "VALUES"}}, or settings alone: SETTING=VALUES')
     return [f"{key}={values}" for key, values in found.items()]
