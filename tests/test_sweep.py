@@ -153,6 +153,7 @@ def test_two_starts_of_one_sweep_share_the_work(sequential, tmp_path):
     assert len(re.findall(r"\(\d+\.\d s\)", lines)) == 12, lines  # each is trained once
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_no_process(tmp_path):
     long = ["protocol.steps=1000000", "protocol.eval_every=50", "model.width=8", "name=x"]
     words = ["-m", "trainer=basic", "holdout=[0,45]", "seed=0", *long]

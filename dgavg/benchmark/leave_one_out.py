@@ -19,9 +19,11 @@ from dgavg.benchmark.table import Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
 from dgavg.errors import require
+from dgavg.losslog import NonFiniteLossError
 from dgavg.models import Model
 from dgavg.trainer import Trainer
 
+ANY_TIME = (BusyError, NonFiniteLossError)  # errors that say nothing of how other runs begin
 WAIT = 0.5  # seconds between two looks at a run that another process is training
 
 
@@ -55,9 +57,10 @@ def run_experiments(
 ) -> Runs:
     """Run every fold and seed that is not done yet; returns the records of them all.
 
-    What fails is raised, or, with a list of `failures`, added to it: the others go on. Then a run
-    that another process is training is left to it and, if `patient`, waited for at the end.
-    `quiet` and `tell` are of `Watcher`.
+    What fails is raised, or, with a list of `failures`, added to it: the others go on, unless the
+    first can't even begin, since then none can. With such a list, a run that another process is
+    training is left to it and, if `patient`, waited for at the end. `quiet` and `tell` are of
+    `Watcher`.
     """
     todo = deque((e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds)
     first = experiments[0]
@@ -73,10 +76,12 @@ def run_experiments(
             while folder in busy and not is_free(folder):
                 time.sleep(WAIT)
             watcher.start(" and ".join(fold), seed)
+            new = not (folder / "config.yaml").exists()
             try:
                 records = run_fold(experiment, fold, seed, watcher)
             except Exception as error:
-                if failures is None:
+                begun = not new or watcher.first >= 0 or isinstance(error, ANY_TIME)
+                if failures is None or not (begun or found or failures):
                     raise
                 if patient and isinstance(error, BusyError):
                     if folder not in busy:

@@ -37,7 +37,7 @@ def rounds(
     batches, number = [list(range(len(jobs)))] if jobs else [], 0
     done: dict[int, Report] = {}
     with show.watching():
-        show.say(f"{len(jobs)} runs on {launcher}, each a job of its own")
+        show.say(f"{len(jobs)} run{'s' * (len(jobs) != 1)} on {launcher}, each a job of its own")
         while batches:
             batch, first = batches.pop(0), number
             number += len(batch)
