@@ -114,17 +114,21 @@ class Multirun:
             raise error
         return reports
 
-    def _jobs(self) -> tuple[list[list[str]], list[Report]]:
-        """The overrides of each job, and reports of those whose data can't be loaded."""
+    def combinations(self) -> list[list[str]]:
+        """The overrides of each combination of settings, as Hydra's own sweeper makes them."""
         parser = OverridesParser.create(self.hydra.config_loader)
         swept = self.config.hydra.sweeper.params or {}
         words = [f"{key}={values}" for key, values in swept.items()]
         parsed = parser.parse_overrides([*words, *self.config.hydra.overrides.task])
-        (combinations,) = BasicSweeper.split_arguments(parsed, None)
+        (found,) = BasicSweeper.split_arguments(parsed, None)
+        return [replacing(overrides) for overrides in found]
+
+    def _jobs(self) -> tuple[list[list[str]], list[Report]]:
+        """The overrides of each job, and reports of those that can't begin anywhere."""
         known: dict[str, DomainDataset] = {}
         jobs: list[list[str]] = []
         refused: list[Report] = []
-        for overrides in map(replacing, combinations):
+        for overrides in self.combinations():
             config = self._composed(overrides)
             if not self.split:
                 jobs.append(overrides)

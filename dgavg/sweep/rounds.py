@@ -46,9 +46,11 @@ def rounds(
             ended = {i: report for i, report in found.items() if report and report.ended}
             begun = [i for i in batch if found[i] and i not in ended]
             waiting = [i for i in batch if not found[i]]
-            if crash is not None and not ended and not begun and not done:
+            if crash is not None and first == 0 and not ended and not begun:
                 raise UserError(f"hydra/launcher={launcher}: {_line(crash)}") from crash
-            if crash is not None and len(batch) > 1:
+            if crash is not None and len(batch) > 1 and (ended or begun):
+                for i in begun:  # nobody will end these reports
+                    (folder / f"{first + batch.index(i)}.json").unlink()
                 batches = [[i] for i in begun] + ([waiting] if waiting else []) + batches
             else:
                 done |= {i: _killed(list(jobs[i]), crash) for i in begun + waiting}
