@@ -18,7 +18,7 @@ from dgavg.benchmark.results import Runs
 from dgavg.benchmark.table import Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
-from dgavg.errors import require
+from dgavg.errors import UserError, require
 from dgavg.losslog import NonFiniteLossError
 from dgavg.models import Model
 from dgavg.trainer import Trainer
@@ -54,13 +54,14 @@ def run_experiments(
     tell: Callable[[str], None] | None = None,
     failures: list[Failure] | None = None,
     patient: bool = True,
+    strict: bool = False,
 ) -> Runs:
     """Run every fold and seed that is not done yet; returns the records of them all.
 
     What fails is raised, or, with a list of `failures`, added to it: the others go on, unless the
     first can't even begin, since then none can. With such a list, a run that another process is
-    training is left to it and, if `patient`, waited for at the end. `quiet` and `tell` are of
-    `Watcher`.
+    training is left to it and, if `patient`, waited for at the end. `strict` raises what
+    no user can mend all the same. `quiet` and `tell` are of `Watcher`.
     """
     todo = deque((e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds)
     first = experiments[0]
@@ -80,8 +81,9 @@ def run_experiments(
             try:
                 records = run_fold(experiment, fold, seed, watcher)
             except Exception as error:
-                begun = not new or watcher.first >= 0 or isinstance(error, ANY_TIME)
-                if failures is None or not (begun or found or failures):
+                mistake = isinstance(error, UserError) and not isinstance(error, ANY_TIME)
+                hopeless = mistake and new and watcher.first < 0 and not (found or failures)
+                if failures is None or hopeless or (strict and not isinstance(error, UserError)):
                     raise
                 if patient and isinstance(error, BusyError):
                     if folder not in busy:

@@ -62,13 +62,12 @@ class Job:
         every = experiments(settings)
         failures: list[Failure] = []
         tell = report.lines.append if self.split else None
-        run_experiments(every, tell=tell, failures=failures, patient=not self.split)
+        alone = not self.split
+        run_experiments(every, tell=tell, failures=failures, patient=alone, strict=self.strict)
         failed = {one.folder for one in failures}
         folders = [e.run_folder(f, s) for e in every for f in e.folds for s in e.seeds]
         report.runs = [str(folder) for folder in folders if folder not in failed]
         for one in failures:
-            if self.strict and not isinstance(one.error, UserError):
-                raise one.error
             again = one_run(report.overrides, one.fold, one.seed)
             busy = str(one.folder) if isinstance(one.error, BusyError) else None
             report.failed.append(Failed(again, self._message(one.error, number), busy))
