@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
 
-from dgavg.benchmark.experiment import experiments
-from dgavg.benchmark.leave_one_out import run_experiments
-from dgavg.benchmark.results import Runs
 from dgavg.benchmark.table import tables
-from dgavg.config import CONF, explained, plain, register, replacing
-from dgavg.distributed import launched, only_first_speaks, tell, together
-from dgavg.errors import UserError, unknown
-
-SETTING = re.compile(r"(\+{0,2}|~)[\w@:./-]+=.*|~[\w@:./-]+", re.DOTALL)
+from dgavg.config import CONF, explained, register
+from dgavg.distributed import is_first, launched, only_first_speaks, tell, together
+from dgavg.errors import UserError
+from dgavg.sweep.job import Job
+from dgavg.sweep.multirun import best, multirun
+from dgavg.sweep.reports import Report, failures, finished, read_reports
+from dgavg.sweep.words import Words, command, read_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,66 +50,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> None:
-    """Compose the settings, train every fold and seed, and print one table for all chains."""
-    runs: Runs = {}
-    failed: list[UserError] = []
+    """Compose the settings, train every fold and seed, and print one table for all chains.
 
-    def job(config: DictConfig) -> None:
-        try:
-            with explained():
-                runs.update(run_experiments(experiments(plain(config))))
-        except UserError as error:  # the other jobs of a multirun go on
-            failed.append(error)
-
-    register()
+    What fails stops nothing else; it is listed at the end. Raises `UserError` then, and where
+    nothing could be begun.
+    """
+    words = read_words(arguments, COMMANDS)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole; we print them in one line
-    with tempfile.TemporaryDirectory() as scratch:  # for what Hydra writes about a multirun
-        before, sys.argv = sys.argv, ["dgavg", *_for_hydra(arguments, scratch)]
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
-        finally:
-            sys.argv = before
+    reports = multirun(words) if words.sweeps else _single(words)
+    runs = finished(reports) if is_first() else {}
     if runs:  # none where Hydra only printed something
         found = [text for table in tables(runs) for text in (str(table), table.differences())]
         print("\n\n".join(filter(None, found)))
-    for error in failed[:-1]:
-        print(f"dgavg: {error}", file=sys.stderr)
+    winner = best(reports)
+    if winner is not None:
+        again = command(winner.overrides, words.kept)
+        print(f"\nbest: {100 * (winner.value or 0):.1f} % on validation data, by\n  {again}")
+    failed = [one for report in reports for one in report.failed]
+    if len(failed) == 1 and not runs and not words.sweeps:
+        raise UserError(failed[0].message)
     if failed:
-        raise failed[-1]
+        print(*failures(reports, words.kept), sep="\n", file=sys.stderr)
+        raise UserError(f"{len(failed)} failed; the same command tries again what is not done")
 
 
-def _for_hydra(arguments: list[str], scratch: str) -> list[str]:
-    """The arguments as Hydra takes them: options first, `--seed N` spelt as a setting.
-
-    Raises `UserError` for what is neither an option nor a setting.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; settings are SETTING=VALUE, see dgavg --help")
-
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    parser.allow_abbrev = False
-    parser.add_argument("--seed")
-    options = parser.parse_intermixed_args(arguments)
-    overrides = options.overrides
-    for word in overrides:
-        if SETTING.fullmatch(word) is None:
-            near = unknown("command", word, COMMANDS) if word.isalpha() else f"no setting {word!r}"
-            refuse(str(near))
-        group, _, choice = word.partition("=")
-        if choice in ("", "null") and (CONF / group).is_dir() and group != "experiment":
-            refuse(f"{word!r} leaves nothing to choose: write {group}=NAME")
-    flags = list(arguments)
-    for word in overrides:
-        flags.remove(word)
-    if options.seed is not None:
-        at = next(i for i, word in enumerate(flags) if word.partition("=")[0] == "--seed")
-        del flags[at : at + 1 + ("=" not in flags[at])]
-        overrides = [*overrides, f"seeds=[{options.seed}]"]
-    if options.multirun:
-        overrides = [f"hydra.sweep.dir='{scratch}'", *overrides]
-    return [*flags, *replacing(overrides)]
+def _single(words: Words) -> list[Report]:
+    """What Hydra does without `-m`: run one job here, or only print something."""
+    register()
+    with tempfile.TemporaryDirectory() as scratch:
+        before, sys.argv = sys.argv, ["dgavg", *words.arguments]
+        try:
+            job = Job(Path(scratch), strict=True)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+        finally:
+            sys.argv = before
+        return read_reports(Path(scratch))
 
 
 # Each is imported when it is asked for: most need what training does not.

@@ -115,18 +115,16 @@ def on_first(work: Callable[[], T]) -> T:
     """
     if ranks() == 1:
         return work()
-    found: list[Any] = [None, ""]
+    found: list[Any] = [None, None]
     failed: UserError | None = None
     if is_first():
         try:
             found[0] = work()
         except UserError as error:
-            failed, found[1] = error, str(error)
+            failed = found[1] = error
     dist.broadcast_object_list(found, src=0)
-    if failed is not None:
-        raise failed
-    if found[1]:
-        raise UserError(found[1])
+    if failed is not None or found[1] is not None:
+        raise failed or found[1]
     result: T = found[0]
     return result
 

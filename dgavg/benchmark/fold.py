@@ -51,7 +51,8 @@ def run_fold(
     """Train with `fold` left out, or go on where a killed run stopped; returns the records.
 
     A run that is done is only read. Raises `UserError` where its folder holds a run of other
-    settings, or another process is at work in it; what can't be trained leaves no folder.
+    settings, and `BusyError` where another process is at work in it; what can't be trained leaves
+    no folder.
     """
     folder = experiment.run_folder(fold, seed)
     settings = settings_of_run(experiment, fold, seed)

@@ -19,11 +19,15 @@ from dgavg.errors import UserError, require
 from dgavg.seeding import check_processes
 
 
+class BusyError(UserError):
+    """Another process is at work in the folder of a run."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it.
 
-    Raises `UserError` where another one is at work there.
+    Raises `BusyError` where another one is at work there.
     """
     lock = FileLock(folder / ".lock")
 
@@ -34,13 +38,22 @@ def locked(folder: Path) -> Iterator[None]:
                 lock.acquire(timeout=0)
             except Timeout:
                 message = f"another process is training in {folder}; wait for it to end"
-                raise UserError(message) from None
+                raise BusyError(message) from None
 
     on_first(take)
     try:
         yield
     finally:
         lock.release()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process is at work in the folder of a run."""
+    try:
+        with locked(folder):
+            return True
+    except BusyError:
+        return False
 
 
 def check_same(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -8,12 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dgavg.allocator import keep_memory
-from dgavg.benchmark.experiment import Experiment, Fold, experiments
-from dgavg.benchmark.fold import run_fold
-from dgavg.benchmark.progress import Watcher
-from dgavg.benchmark.results import Runs
-from dgavg.benchmark.stacked import run_stack, stacks
+from dgavg.benchmark.campaign import run_experiments
+from dgavg.benchmark.experiment import experiments
 from dgavg.benchmark.table import Table
 from dgavg.config import compose, explained, plain
 from dgavg.data import DomainDataset
@@ -21,46 +17,6 @@ from dgavg.distributed import together
 from dgavg.errors import require
 from dgavg.models import Model
 from dgavg.trainer import Trainer
-
-
-def run_experiments(experiments: Sequence[Experiment], *, quiet: bool = False) -> Runs:
-    """Run every fold and seed that is not done yet; returns the records of them all."""
-    folds = [(e, fold, seed) for e in experiments for seed in e.seeds for fold in e.folds]
-    first = experiments[0]
-    if first.device.type == "cpu":
-        keep_memory()
-    found: dict[tuple[str, Fold, int], list[dict[str, Any]]] = {}
-
-    def end(experiment: Experiment, fold: Fold, seed: int) -> None:
-        records = run_fold(experiment, fold, seed, watcher)
-        found[experiment.folder.name, fold, seed] = records
-        watcher.end(records)
-
-    with Watcher(first.spec, len(folds), first.protocol["steps"], quiet=quiet) as watcher:
-        for note in first.dataset.notes:
-            watcher.note(note)
-        for experiment in experiments if first.stack > 1 else ():
-            for members in stacks(experiment):
-                watcher.start(f"{len(members)} runs", at_once=len(members))
-                run_stack(experiment, members, watcher)
-                for fold, seed in members:
-                    watcher.name(label(fold, seed))
-                    end(experiment, fold, seed)
-        for experiment, fold, seed in folds:
-            if (experiment.folder.name, fold, seed) not in found:
-                watcher.start(label(fold, seed))
-                end(experiment, fold, seed)
-    runs: Runs = {}
-    for experiment in experiments:
-        name = experiment.folder.name
-        each = [found[name, f, s] for f in experiment.folds for s in experiment.seeds]
-        runs.setdefault(name, []).extend(each)
-    return runs
-
-
-def label(fold: Fold, seed: int) -> str:
-    """A run as messages name it."""
-    return f"hold out {' and '.join(fold)}, seed {seed}"
 
 
 def leave_one_domain_out(

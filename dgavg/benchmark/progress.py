@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -24,10 +24,20 @@ class Watcher:
     """Shows the fold, the rate of steps, the loss and the time left, on standard error.
 
     A context manager around all runs of a chain; `start` and `end` stand around each of them.
+    With `tell`, a function of a line, there is no bar, and all lines go to it.
     """
 
-    def __init__(self, title: str, runs: int, steps: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        title: str,
+        runs: int,
+        steps: int,
+        *,
+        quiet: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self.title, self.runs, self.steps, self.quiet = title, runs, steps, quiet
+        self.tell = tell
         self.console = Console(file=sys.stderr, highlight=False, quiet=not is_first())
         self.bar = Progress(
             TextColumn(title),
@@ -37,7 +47,7 @@ class Watcher:
             TextColumn("{task.fields[figures]}"),
             console=self.console,
             transient=True,
-            disable=quiet or not self.console.is_terminal,
+            disable=quiet or tell is not None or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("", total=runs * steps, figures="")
         self.done, self.label = 0, ""
@@ -59,7 +69,10 @@ class Watcher:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        if self.tell is not None:
+            self.tell(text)
+        else:
+            self.console.print(text, soft_wrap=True, markup=False)
 
     def start(self, label: str, at_once: int = 1) -> None:
         """A run begins, or several at once."""
@@ -68,7 +81,7 @@ class Watcher:
 
     def name(self, label: str) -> None:
         """Show which run this is."""
-        self.label = f"{label} [{self.done + 1}/{self.runs}]"
+        self.label = label + (f" [{self.done + 1}/{self.runs}]" if self.tell is None else "")
         self.bar.update(self.task, description=self.label)  # the figures of the last run stay
 
     def __call__(self, run: Run) -> None:
@@ -89,7 +102,7 @@ class Watcher:
         """A run has ended, just now or long ago."""
         self.done += 1
         self.bar.update(self.task, completed=self.done * self.steps)
-        if self.quiet or self.console.is_terminal:
+        if self.quiet or (self.tell is None and self.console.is_terminal):
             return
         last = records[-1]
         rule, steps = last["protocol"]["selection"], last["protocol"]["steps"]

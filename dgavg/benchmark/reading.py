@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,18 @@ def finished_runs(folders: Sequence[Path]) -> tuple[dict[Path, str], int]:
         unfinished += len(each - ended - seen)
         found += sorted(ended - seen)
         seen |= each
+    return named(found), unfinished
+
+
+def named(runs: Iterable[Path]) -> dict[Path, str]:
+    """The folders of runs, each once, with the name of each; groups of one name by their path."""
+    found = list(dict.fromkeys(runs))
     names = [path.name for path in dict.fromkeys(run.parent.parent for run in found)]
     return {
         run: group.name if names.count(group.name) == 1 else str(group)
         for run in found
         for group in [run.parent.parent]
-    }, unfinished
+    }
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
@@ -51,15 +57,25 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
 def read_runs_and_environments(folders: Sequence[Path]) -> tuple[Runs, int, Environments]:
     """As `read_runs`, and where each run was trained."""
     found, unfinished = finished_runs(folders)
-    runs: Runs = {}
-    environments: Environments = {}
-    for folder, name in found.items():
-        records = read_records(folder / "records.jsonl")
-        runs.setdefault(name, []).append(records)
-        environments[name, key_of(records[0])] = read_environments(folder)
-    return runs, unfinished, environments
+    environments = {
+        (name, key_of(records[0])): read_environments(folder)
+        for folder, name in found.items()
+        for records in [read_records(folder / "records.jsonl")]
+    }
+    return records_of(found), unfinished, environments
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
     """What tells a run from the others of its name."""
     return record["held_out"], record.get("held_out_with"), record["seed"]
+
+
+def records_of(runs: Mapping[Path, str]) -> Runs:
+    """The records of runs, by the name of each.
+
+    Raises `UserError` for damaged ones.
+    """
+    found: Runs = {}
+    for folder, name in runs.items():
+        found.setdefault(name, []).append(read_records(folder / "records.jsonl"))
+    return found

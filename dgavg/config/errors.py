@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -21,6 +21,15 @@ from dgavg.errors import UserError, unknown
 from dgavg.settings import words
 
 KINDS = {"data": "data set"}  # what a group is called, where that is not its name
+EXTRAS = {  # what installs the plugins of Hydra
+    "hydra/launcher": {
+        "joblib": "joblib",
+        "submitit_local": "submitit",
+        "submitit_slurm": "submitit",
+        "ray": "ray",
+    },
+    "hydra/sweeper": {"optuna": "optuna"},
+}
 TYPES = {"Integer": int, "Float": float, "Boolean": bool, "String": str}
 
 
@@ -41,6 +50,8 @@ def explain(error: BaseException) -> UserError:
             return root
         if isinstance(root, MissingConfigException) and root.missing_cfg_file:
             group, _, name = str(root.missing_cfg_file).rpartition("/")
+            if group.startswith("hydra/"):
+                return _no_plugin(group, name, root.options or [])
             if f"{group}/".startswith("zoo/"):
                 wanted = f"{group}/{name}".removeprefix("zoo/")
                 return no_recipe(wanted)
@@ -74,6 +85,14 @@ def no_recipe(name: str) -> UserError:
     benchmark = name.partition("/")[0]
     names = recipe_names(benchmark) or get_close_matches(name, recipe_names(), n=5, cutoff=0.3)
     return UserError(f"{unknown('recipe', name, names)}; dgavg list zoo has them all")
+
+
+def _no_plugin(group: str, name: str, there: Sequence[str]) -> UserError:
+    """The error about a launcher or sweeper that is not there, or not installed."""
+    extras = EXTRAS.get(group, {})
+    if name in extras:
+        return UserError(f'{group}={name} is not installed: pip install "dgavg[{extras[name]}]"')
+    return unknown(group, name, dict.fromkeys([*there, *extras]))
 
 
 def _wrong_type(error: ValidationError) -> UserError:

@@ -29,18 +29,24 @@ def training(tmp_path, start):
     process.communicate()
 
 
-def test_a_second_process_in_a_folder_and_then_ctrl_c(training, tmp_path, start):
+def test_a_second_process_in_a_folder_waits_and_ctrl_c_hands_the_run_over(
+    training, tmp_path, start
+):
     second = start(tmp_path, *LONG)
-    out, error = second.communicate()
-    assert (second.returncode, out) == (2, "")
-    assert error == "dgavg: another process is training in runs/x/0/0; wait for it to end\n"
+    said = second.stderr.readline()
+    assert said == "another process is training in runs/x/0/0: left to it for now\n"
     assert training.poll() is None
     training.send_signal(signal.SIGINT)
     out, error = training.communicate(timeout=300)
     assert (training.returncode, out) == (130, "")
     assert error == "dgavg: interrupted; the same command goes on from the last checkpoint\n"
-    assert (tmp_path / "runs/x/0/0/checkpoint.pt").exists()
+    saved = (tmp_path / "runs/x/0/0/checkpoint.pt").stat().st_mtime_ns
+    while (tmp_path / "runs/x/0/0/checkpoint.pt").stat().st_mtime_ns == saved:
+        assert second.poll() is None
+        time.sleep(0.02)
     assert not (tmp_path / "runs/x/0/0/done").exists()
+    second.kill()
+    second.communicate()
 
 
 def test_debug_shows_the_traceback_of_a_mistake(tmp_path, start, monkeypatch):
