@@ -147,6 +147,7 @@ class Scorer:
         """What `name` as last scored makes of `images` (N, C, H, W) in [0, 1]: (N, classes)."""
         return self._prediction(self._twins[name], images)
 
+    @torch.inference_mode()
     def _by_candidate(
         self, twins: Mapping[str, list[nn.Module]], tested: Collection[str], *, others: bool = True
     ) -> dict[str, Found]:

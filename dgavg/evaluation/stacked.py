@@ -57,7 +57,13 @@ class StackedScorer:
         self._twins = {k: self._twin(k, c) for k, c in candidates.items()}
         again = [k for k, c in candidates.items() if c.batchnorm == "recalibrate"]
         self._recalibrate([self._twins[k] for k in again])
-        sums = torch.zeros(len(candidates), len(self.sizes) + 1, 2, device=self.labels.device)
+        with torch.inference_mode():
+            found = dict(zip(candidates, self._sums().tolist(), strict=True))  # the one host sync
+        return self._by_model(found)
+
+    def _sums(self) -> Tensor:
+        """Hits and losses (candidates, splits of all models, 2), added up."""
+        sums = torch.zeros(len(self._twins), len(self.sizes) + 1, 2, device=self.labels.device)
         for start in range(0, self.rows.shape[1], self.batch_size):
             columns = slice(start, start + self.batch_size)
             rows = self.rows[:, columns].flatten()
@@ -68,8 +74,7 @@ class StackedScorer:
                 loss = F.cross_entropy(logits, labels, reduction="none")
                 right = (logits.argmax(dim=1) == labels).to(loss.dtype)
                 sums[i].index_add_(0, owner, torch.stack([right, loss], dim=1))
-        found = dict(zip(candidates, sums.tolist(), strict=True))  # the one host sync
-        return self._by_model(found)
+        return sums
 
     def _by_model(self, sums: Mapping[str, list[list[float]]]) -> list[dict[str, Found]]:
         scores: list[dict[str, Found]] = []
