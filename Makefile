@@ -23,6 +23,7 @@ bench: .venv/test
 	$(BIN)/python tests/benchmarks/links.py
 	$(BIN)/python tests/benchmarks/decoding.py
 	$(BIN)/python tests/benchmarks/scoring_cost.py
+	$(BIN)/python tests/benchmarks/domainbed_way.py
 
 .venv/run: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -38,7 +38,8 @@ def test_a_run_folder_holds_what_the_design_says(train, only_run):
     assert run.relative_to(folder).parts[1:] == ("d1", "0")
     found = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     weights = {f"weights/{name}.safetensors" for name in ("live", "sma", "ema", "swa")}
-    assert found == {"config.yaml", "records.jsonl", "checkpoint.pt", "done", ".lock"} | weights
+    files = {"config.yaml", "environment.json", "records.jsonl", "checkpoint.pt", "done", ".lock"}
+    assert found == files | weights
 
 
 def test_config_yaml_has_every_setting_resolved(train, only_run):

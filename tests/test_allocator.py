@@ -1,0 +1,57 @@
+"""What the allocator does with freed memory, seen by the page faults of a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys
+import torch
+from dgavg.allocator import keep_memory
+
+done = keep_memory() if sys.argv[1] == "keep" else None
+
+def step():
+    parts = [torch.ones(2_000_000) for _ in range(4)]
+    return sum(float(part[0]) for part in parts)
+
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's mallopt")
+
+
+def faults(how, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT, how],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    done, number = found.stdout.split()
+    return done, int(number)
+
+
+def test_memory_once_had_is_not_asked_for_again():
+    _, before = faults("leave")
+    done, after = faults("keep")
+    assert done == "True"
+    assert before > 5000  # 10 steps of 32 MB in pages of 4 KiB, or what the system makes of them
+    assert after < before / 20
+
+
+def test_what_the_environment_says_is_left_alone():
+    done, number = faults("keep", MALLOC_ARENA_MAX="4")
+    assert done == "False"
+    assert number > 5000
