@@ -48,7 +48,9 @@ class StackedScorer:
         self.owner = torch.full(self.rows.shape, len(names), device=labels.device)
         self.owner[self.mask] = owner.to(labels.device)
         self.sizes = sizes
-        self.pooled = [_side_by_side(b, labels.device) for b in zip(*pooled, strict=True)]
+        none = torch.empty(0, dtype=torch.int64)  # of a model with fewer batches than another
+        batches = itertools.zip_longest(*pooled, fillvalue=none)
+        self.pooled = [_side_by_side(rows, labels.device) for rows in batches]
         self._twins: dict[str, Stack] = {}
 
     @torch.no_grad()

@@ -171,14 +171,15 @@ class StackedMoments:
         """Note a batch (R, N, F); returns it normalised by its own rows, in float32."""
         x, mask = x.float(), self.mask
         n = mask.sum(dim=1)
-        mean = (x * mask).sum(dim=1) / n
+        divisor = n.clamp(min=1)  # a model may have no row in this batch
+        mean = (x * mask).sum(dim=1) / divisor
         deviations = (x - mean.unsqueeze(1)) * mask
         m2 = deviations.square().sum(dim=1)
-        total, delta = self.n + n, mean - self.mean
+        total, delta = (self.n + n).clamp(min=1), mean - self.mean
         self.mean += delta * (n / total)
         self.m2 += m2 + delta.square() * (self.n * n / total)
-        self.n = total
-        return deviations * torch.rsqrt(m2 / n + eps).unsqueeze(1)
+        self.n = self.n + n
+        return deviations * torch.rsqrt(m2 / divisor + eps).unsqueeze(1)
 
     def write(self) -> None:
         """Make these the layer's running statistics."""
