@@ -11,6 +11,7 @@ from typing import Any
 
 from dgavg.allocator import keep_memory
 from dgavg.benchmark.experiment import Experiment, Fold
+from dgavg.benchmark.files import read_records
 from dgavg.benchmark.fold import run_fold
 from dgavg.benchmark.folder import BusyError, is_free
 from dgavg.benchmark.progress import Watcher
@@ -129,13 +130,15 @@ def _units(experiment: Experiment) -> Iterator[_Unit]:
 
 def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[dict[str, Any]]]]:
     """Train the runs of a unit and give the records of each."""
-    if unit.stacked:
+    stacked = unit.stacked
+    if stacked:
         watcher.start(f"{len(unit.members)} runs", at_once=len(unit.members))
         run_stack(unit.experiment, unit.members, watcher)
-    for fold, seed in unit.members:
+    for (fold, seed), folder in zip(unit.members, unit.folders, strict=True):
         label = f"hold out {' and '.join(fold)}, seed {seed}"
-        if watcher.at_once > 1:
+        if stacked:
             watcher.name(label)
+            yield fold, seed, read_records(folder / "records.jsonl")
         else:
             watcher.start(label)
-        yield fold, seed, run_fold(unit.experiment, fold, seed, watcher)
+            yield fold, seed, run_fold(unit.experiment, fold, seed, watcher)
