@@ -20,8 +20,9 @@ class StackedRun(Run):
 
     Batches hold the R runs' domains one run after the other, as `StackedBatches` gives them; terms
     of the loss are named "r/link" for run r. With the same initial weights and batches each model
-    comes to the weights that a run of its own gives, up to rounding: what a chain does to a stack,
-    it does to each model. That is so for links that say so by their trait `stackable`: averages
+    comes to the weights that a run of its own gives, up to rounding (which Adam makes much of where
+    the true gradient is 0, as for biases before batch norm): what a chain does to a stack, it does
+    to each model. That is so for links that say so by their trait `stackable`: averages
     that treat each weight alone, and losses that are functions of one run's outputs.
 
     Raises `UserError` for other links, and for what looks at the gradients of all weights together:

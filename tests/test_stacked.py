@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
 from dgavg import Run, UserError, chain, fit
+from dgavg.benchmark.campaign import run_experiments
 from dgavg.benchmark.experiment import experiments
 from dgavg.benchmark.stacked import run_stack, stacks
 from dgavg.chain import find_trainer, known_trainers
@@ -176,6 +178,7 @@ def test_records_and_weights_of_a_stack_are_those_of_its_runs(tmp_path):
     for key, lines in theirs.items():
         assert len(mine[key]) == len(lines) == 4
         for record, expected in zip(mine[key], lines, strict=True):
+            assert record.pop("stack") == 3
             assert list(record) == list(expected)
             assert list(record["losses"]) == list(expected["losses"])
             assert record["losses"] == pytest.approx(expected["losses"], rel=1e-3, abs=1e-6)
@@ -258,6 +261,137 @@ def test_a_stack_killed_while_it_says_done_is_taken_up_whole(tmp_path):
     run_stack(again, members)
     assert stacks(again) == []
     assert records(again) == expected
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stopped(experiment, members, at):
+    def stop(run):
+        if run.t == at:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run_stack(experiment, members, stop)
+
+
+@pytest.fixture
+def saving(monkeypatch):
+    monkeypatch.setattr("dgavg.benchmark.stacked.PAUSE", 0.0)
+
+
+def test_a_killed_stack_is_not_gone_on_with_by_other_settings(tmp_path, saving):
+    first = settings(tmp_path, "stack=4", "name=x")
+    (members,) = stacks(first)
+    stopped(first, members, 15)
+    other = settings(tmp_path, "stack=4", "name=x", "optimizer.lr=0.05")
+    with pytest.raises(UserError, match=r"other settings .*optimizer\.lr.*or delete that folder"):
+        run_stack(other, members)
+    for fold, seed in members:
+        shutil.rmtree(other.run_folder(fold, seed))
+    (again,) = stacks(other)
+    run_stack(other, again)
+    for lines in records(other).values():
+        assert {record["lr"] for record in lines} == {0.05}
+
+
+def test_to_delete_the_folder_of_one_run_trains_it_anew(tmp_path, saving):
+    whole, killed = settings(tmp_path / "whole", "stack=4"), settings(tmp_path / "cut", "stack=4")
+    (members,) = stacks(whole)
+    run_stack(whole, members)
+    stopped(killed, members, 15)
+    shutil.rmtree(killed.run_folder(*members[0]))
+    (again,) = stacks(killed)
+    run_stack(killed, again)
+    assert records(killed) == records(whole)
+
+
+def test_what_is_done_is_never_written_again(tmp_path, saving):
+    experiment = settings(tmp_path, "stack=4")
+    (members,) = stacks(experiment)
+    stopped(experiment, members, 15)
+    run_stack(experiment, members[:1])  # as another command would
+    folder = experiment.run_folder(*members[0])
+    before = {p: p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}
+    assert (folder / "done").exists()
+    (again,) = stacks(experiment)
+    stopped(experiment, again, 25)
+    run_stack(experiment, stacks(experiment)[0])
+    assert {p: p.read_bytes() for p in before} == before
+    assert stacks(experiment) == []
+    assert len({len(lines) for lines in records(experiment).values()}) == 1
+
+
+def test_a_stack_that_another_process_has_partly_done_trains_the_rest(tmp_path):
+    experiment = settings(tmp_path, "stack=4")
+    (members,) = stacks(experiment)
+    run_stack(experiment, members[:2])
+    before = records_of(experiment, members[:2])
+    seen = []
+    run_stack(experiment, members, lambda run: seen.append(run.count))
+    assert set(seen) == {2}
+    assert records_of(experiment, members[:2]) == before
+    assert stacks(experiment) == []
+
+
+def records_of(experiment, members):
+    folders = [experiment.run_folder(*member) for member in members]
+    return [(folder / "records.jsonl").read_bytes() for folder in folders]
+
+
+def test_a_run_that_diverges_takes_no_other_with_it(tmp_path):
+    """Where domain a is held out nothing is wrong; else a huge feature of it blows weights up."""
+    random = torch.Generator().manual_seed(0)
+
+    def domain(name, scale):
+        images = scale * torch.randn(40, 6, 1, 1, generator=random)
+        return Domain(name, images, torch.randint(0, 3, (40,), generator=random))
+
+    dataset = DomainDataset(
+        "toy", (domain("a", 1e20), domain("b (x)", 1.0), domain("c", 1.0)), ("x", "y", "z")
+    )
+    words = ["trainer=ema_basic", "model.batchnorm=false", "optimizer=sgd", "optimizer.lr=0.1"]
+    more = ["protocol.steps=12", "protocol.eval_every=6", "seeds=[0]", f"runs={tmp_path}"]
+    composed = plain(compose([*words, *more, "stack=3"]))
+    experiment = experiments({**composed, "holdout": "all"}, dataset=dataset)
+    failures = []
+    runs = run_experiments(experiment, quiet=True, failures=failures)
+    (lines,) = next(iter(runs.values()))
+    assert {record["held_out"] for record in lines} == {"a"}
+    assert set(lines[-1]["losses"]) == {"total", "risk/b (x)", "risk/c"}
+    assert [one.fold for one in failures] == [("b (x)",), ("c",)]
+    assert all(f"hold out {one.fold[0]}" in str(one.error) for one in failures)
+
+
+def mlp(*layers):
+    return Model(nn.Sequential(*layers), nn.Linear(4, 3))
+
+
+def shared():
+    layer = nn.Linear(4, 4)
+    return mlp(nn.Flatten(), layer, nn.ReLU(), layer)
+
+
+def hooked():
+    model = mlp(nn.Flatten(), nn.Linear(4, 4))
+    model.featurizer[1].register_forward_hook(lambda module, args, out: 2 * out)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (shared, "a layer is used twice"),
+        (hooked, r"no stacked form of Linear\(in_features=4"),
+        (lambda: mlp(nn.Flatten(), nn.Linear(4, 4).requires_grad_(False)), "no stacked form of"),
+        (lambda: mlp(nn.Linear(4, 4), nn.Flatten()), r"begins with Linear\(.* not with nn.Flatten"),
+        (lambda: mlp(nn.Flatten(), nn.Linear(4, 4), nn.Dropout(0.1)), r"form of Dropout\(p=0.1"),
+    ],
+)
+def test_a_model_that_a_stack_would_change_is_refused(build, message):
+    with pytest.raises(UserError, match=f"stack: .*{message}.*write stack=1"):
+        Stack([build(), build()])
 
 
 @pytest.mark.parametrize(

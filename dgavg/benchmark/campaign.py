@@ -17,6 +17,7 @@ from dgavg.benchmark.folder import BusyError, is_free
 from dgavg.benchmark.progress import Watcher
 from dgavg.benchmark.results import Runs
 from dgavg.benchmark.stacked import Member, run_stack, stacks
+from dgavg.distributed import ranks
 from dgavg.errors import UserError
 from dgavg.losslog import NonFiniteLossError
 
@@ -77,6 +78,7 @@ def run_experiments(
     no user can mend all the same. `quiet` and `tell` are of `Watcher`.
     """
     first = experiments[0]
+    strict = strict or ranks() > 1  # who fails alone leaves the others in the middle of a message
     if first.device.type == "cpu":
         keep_memory()
     todo = deque(unit for experiment in experiments for unit in _units(experiment))
@@ -101,7 +103,10 @@ def run_experiments(
                 hopeless = mistake and new and watcher.first < 0 and not (found or failures)
                 if failures is None or hopeless or (strict and not isinstance(error, UserError)):
                     raise
-                if patient and isinstance(error, BusyError):
+                if len(unit.members) > 1 and isinstance(error, NonFiniteLossError):
+                    alone = [_Unit(unit.experiment, (member,)) for member in unit.members]
+                    todo.extendleft(reversed(alone))  # so that one takes no other with it
+                elif patient and isinstance(error, BusyError):
                     if not busy.intersection(unit.folders):
                         watcher.note(left(unit.folders[0]))
                     busy.update(unit.folders)

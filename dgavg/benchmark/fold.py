@@ -319,6 +319,7 @@ class _Fold:
             self._check_finite("training loss", self._training_loss())
         self.journal.add(moment, candidates, scores, self.scorer.weights)
         on_first(self._write)
+        self.journal.forget()
         return validation
 
     @torch.no_grad()

@@ -28,6 +28,8 @@ SETTINGS = (
     "device",
     "processes",
     "init_seed",
+    "compile",
+    "stack",
     "also_batchnorm",
     "search",
     "changed",
@@ -59,6 +61,11 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         self.lines: list[str] = []
         self._picked: dict[str, tuple[Mapping[str, Tensor], dict[str, str]]] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended."""
+        return (self.folder / "done").exists()
 
     def restore(self, lines: Iterable[str]) -> None:
         """Go on from the records of a checkpoint."""
@@ -112,8 +119,12 @@ class Journal:
         make_folder(self.folder / "weights")
         for name, (weights, notes) in self._picked.items():
             save_weights(self.folder / "weights" / f"{name}.safetensors", weights, notes)
-        self._picked.clear()
+        self.forget()
         write_text(self.folder / "records.jsonl", "".join(self.lines))
+
+    def forget(self) -> None:
+        """Let go of picked weights that another process has written."""
+        self._picked.clear()
 
 
 def _as_record(scores: Mapping[str, Mapping[str, SplitScore]]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from dgavg.benchmark.results import searched
 
-PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", "init_seed")
+OPTIONAL = ("init_seed", "compile", "stack")  # said where they are not as usual
+PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", *OPTIONAL)
 
 
 def labels(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -33,7 +34,7 @@ def labels(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             f"{key.removeprefix('trainer.')}={_short(value)}"
             for key, value in settings[run].items()
             for rivals in [same_chain if key.startswith("trainer.") else others]
-            for other in [None if key.startswith("trainer.") else value]
+            for other in [None if key.startswith("trainer.") or key in OPTIONAL else value]
             if any(settings[o].get(key, other) != value for o in rivals)
         ]
         found[run] = " ".join([record["chain"], *differing])

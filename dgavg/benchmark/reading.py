@@ -57,12 +57,13 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, int]:
 def read_runs_and_environments(folders: Sequence[Path]) -> tuple[Runs, int, Environments]:
     """As `read_runs`, and where each run was trained."""
     found, unfinished = finished_runs(folders)
-    environments = {
-        (name, key_of(records[0])): read_environments(folder)
-        for folder, name in found.items()
-        for records in [read_records(folder / "records.jsonl")]
-    }
-    return records_of(found), unfinished, environments
+    runs: Runs = {}
+    environments: Environments = {}
+    for folder, name in found.items():
+        records = read_records(folder / "records.jsonl")
+        runs.setdefault(name, []).append(records)
+        environments[name, key_of(records[0])] = read_environments(folder)
+    return runs, unfinished, environments
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dgavg.errors import require
 from dgavg.evaluation.selection import compared, validation_score
 
 SELECTED = "selected"
@@ -150,6 +151,11 @@ def _result(
     record = records[index]
     found = record["candidates"][candidate]
     accuracy, loss = test_score(record, candidate)
+    require(
+        not math.isnan(accuracy),
+        f"the rule {rule} picks step {record['step']} of {candidate}, where {record['held_out']!r} "
+        "was not scored: train with evaluate=selection",
+    )
     return Result(
         run=run,
         chain=record["chain"],

@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
-from dgavg.benchmark.files import load_checkpoint, save_checkpoint
+from dgavg.benchmark.files import differences, load_checkpoint, save_checkpoint
 from dgavg.benchmark.fold import (
     Clock,
     Watch,
@@ -32,13 +31,13 @@ from dgavg.benchmark.scored import rows_to_score
 from dgavg.chain import renew
 from dgavg.data.stacked import StackedBatches
 from dgavg.disk import make_folder, write_text
-from dgavg.errors import UserError
+from dgavg.errors import UserError, require
+from dgavg.evaluation.scoring import Found
 from dgavg.evaluation.stacked import StackedScorer
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
 from dgavg.models.stack import Stack
 from dgavg.run import Run
-from dgavg.seeding import seed_everything
 from dgavg.stacked import StackedRun
 from dgavg.trainer import Scores
 
@@ -56,8 +55,8 @@ def stacks(experiment: Experiment) -> list[list[Member]]:
     open_ = [m for m in every if not (experiment.run_folder(*m) / "done").exists()]
     found = [
         members
-        for path in sorted(_folder(experiment).glob("*.pt"))
-        if (members := _members(load_checkpoint(path))) and set(members) <= set(every)
+        for members in _begun(experiment)
+        if set(members) <= set(every) and not set(members).isdisjoint(open_)
     ]
     left = [m for m in open_ if m not in itertools.chain(*found)]
     for width in sorted({len(fold) for fold, _ in left}):
@@ -71,8 +70,8 @@ def run_stack(
 ) -> None:
     """Train `members` side by side, or go on where a killed process stopped, to their `done`s.
 
-    Raises `UserError` as `run_fold` does, and for models that can't be stacked or whose epochs
-    differ in length.
+    What is done already stays as it is. Raises `UserError` as `run_fold` does, and for models that
+    can't be stacked or whose epochs differ in length.
     """
     threads = torch.get_num_threads()
     try:
@@ -82,8 +81,14 @@ def run_stack(
                 check_same(folder, settings)
                 held.enter_context(locked(folder))
                 check_same(folder, settings)
-                write_config(folder, settings)
-            one.train(watch)
+            if not all((folder / "config.yaml").exists() for folder in one.folders):
+                one.checkpoint.unlink(missing_ok=True)  # somebody wants a run of it anew
+            left = [m for m, j in zip(members, one.journals, strict=True) if not j.done]
+            if left and left != list(members) and not one.checkpoint.exists():
+                one = _Stacked(experiment, left)
+            if left:
+                one.train(watch)
+            one.checkpoint.unlink(missing_ok=True)
     finally:
         torch.set_num_threads(threads)
 
@@ -103,17 +108,16 @@ class _Stacked:
             )
         ]
         self.checkpoint = _folder(experiment) / f"{_digest(self.members)}.pt"
-        copies = (
-            None if experiment.protocol["augment"] != "none" else False
-        )  # else a pool serves all
+        augments = experiment.protocol["augment"] != "none"
+        copies = None if augments else False  # one pool serves all where nothing is augmented
         starts = [starting(experiment, *m, resident=copies) for m in members]
         self._check_epochs([s.batches.epoch_length for s in starts])
-        seed_everything(members[0][1])  # of dropout
         stack = Stack([s.model for s in starts])
         torch.set_num_threads(experiment.threads or threads_for(stack))
         stack.to(experiment.device).train()
         protocol, batch_size = experiment.protocol, experiment.eval_batch_size
         parts = [s.batches for s in starts]
+        self.domains = [part.names for part in parts]
         batches = StackedBatches(experiment.dataset, parts, self.labels, experiment.device)
         self.run = StackedRun(
             renew(experiment.trainer),
@@ -156,19 +160,35 @@ class _Stacked:
 
     def train(self, watch: Watch) -> None:
         """Train to the end; then, and only then, write what says that each run is done."""
+        for journal in self._open():
+            write_config(journal.folder, journal.settings)
         if self.checkpoint.exists():
             self._resume()
-        for journal in self.journals:
+        for journal in self._open():
             journal.write()
             note_environment(journal.folder, self.run.device)
-        fit(self.run, after_step=watch, after_eval=lambda run: self._save_now_and_then())
+        try:
+            fit(self.run, after_step=watch, after_eval=lambda run: self._save_now_and_then())
+        except NonFiniteLossError:
+            self.checkpoint.unlink(missing_ok=True)  # the others are trained without that one
+            raise
         self._save()  # a process killed while it writes the rest has nothing to train again
-        for folder in self.folders:
-            write_text(folder / "done", "done")
-        self.checkpoint.unlink(missing_ok=True)
+        for journal in self._open():
+            write_text(journal.folder / "done", "done")
+
+    def _open(self) -> list[Journal]:
+        """Of the runs that are not done."""
+        return [journal for journal in self.journals if not journal.done]
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.checkpoint)
+        pairs = zip(self.settings, saved["settings"], strict=True)
+        found = [text for mine, theirs in pairs for text in differences(mine, theirs)]
+        require(
+            not found,
+            f"{self.checkpoint} is of runs with other settings ({'; '.join(found[:3])}); delete it "
+            "to start them anew",
+        )
         torch.set_num_threads(saved["threads"])
         self.run.load_state_dict(saved["run"])
         for journal, lines in zip(self.journals, saved["records"], strict=True):
@@ -180,10 +200,11 @@ class _Stacked:
             self._save()
 
     def _save(self) -> None:
-        for journal in self.journals:
+        for journal in self._open():
             journal.write()
         make_folder(self.checkpoint.parent)
         content = {
+            "settings": self.settings,
             "members": [[list(fold), seed] for fold, seed in self.members],
             "run": self.run.state_dict(),
             "records": [journal.lines for journal in self.journals],
@@ -199,7 +220,7 @@ class _Stacked:
         scores = self.scorer.score(candidates)
         losses = list(self._losses())
         for r, journal in enumerate(self.journals):
-            self._check_finite(r, scores[r]["live"].values())
+            self._check_finite(r, scores[r]["live"])
             moment = Moment(
                 step=run.t,
                 epoch=run.t / run.epoch_length,
@@ -217,18 +238,20 @@ class _Stacked:
         names = self.run.names
         each = len(names) // len(self.members)
         for r in range(len(self.members)):
-            mine = names[r * each : (r + 1) * each]
-            risks = {f"risk/{k.rpartition(' (')[0]}": means[f"risk/{k}"] for k in mine}
+            mine = zip(self.domains[r], names[r * each : (r + 1) * each], strict=True)
+            risks = {f"risk/{domain}": means[f"risk/{k}"] for domain, k in mine}
             start = f"term/{r}/"
             terms = {k: v for k, v in means.items() if k.startswith(start)}
             total = math.fsum(risks.values()) / each + math.fsum(terms.values())
             named = {f"term/{k.removeprefix(start)}": v for k, v in terms.items()}
             yield {"total": total, **risks, **named}
 
-    def _check_finite(self, r: int, scores: Any) -> None:
-        if not all(math.isfinite(score.loss) for score in scores):
+    def _check_finite(self, r: int, scores: Found) -> None:
+        """By validation data alone: what the held-out domain gives decides nothing."""
+        out = [score.loss for k, score in scores.items() if k.rpartition("/")[0] in self.domains[r]]
+        if not all(map(math.isfinite, out)):
             raise NonFiniteLossError(
-                f"step {self.run.t}: the loss of the live weights is not finite "
+                f"step {self.run.t}: the validation loss of the live weights is not finite "
                 f"({self.labels[r]}); try a lower optimizer.lr or a smaller weight"
             )
 
@@ -241,5 +264,15 @@ def _digest(members: Sequence[Member]) -> str:
     return hashlib.sha256(json.dumps(members).encode()).hexdigest()[:8]
 
 
-def _members(saved: dict[str, Any]) -> list[Member]:
-    return [(tuple(fold), seed) for fold, seed in saved["members"]]
+def _begun(experiment: Experiment) -> Iterator[list[Member]]:
+    """The members of stacks that were killed, unless the folder of one has been deleted since."""
+    for path in sorted(_folder(experiment).glob("*.pt")):
+        try:
+            saved = load_checkpoint(path)
+        except UserError:
+            if path.exists():  # else another process has just come to its end
+                raise
+            continue
+        members = [(tuple(fold), seed) for fold, seed in saved["members"]]
+        if all((experiment.run_folder(*m) / "config.yaml").exists() for m in members):
+            yield members

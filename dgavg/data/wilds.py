@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from contextlib import redirect_stdout
@@ -95,6 +96,7 @@ def fmow(
 
 def _open(name: str, kind: str, root: str | None, download: bool) -> Any:
     """The data set as wilds knows it."""
+    os.environ.setdefault("OUTDATED_IGNORE", "1")  # what it imports asks PyPI for newer versions
     try:
         module = importlib.import_module(f"wilds.datasets.{name}_dataset")
     except ImportError as error:

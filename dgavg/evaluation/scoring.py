@@ -122,7 +122,8 @@ class Scorer:
             chosen = tested({k: found[f] for k, f in first.items() if f in found})
             test = [k for k in test if any(first[c] == k for c in chosen)]
             rest = self._by_candidate({k: twins[k] for k in test}, test, others=False)
-            found = {k: scores | rest.get(k, {}) for k, scores in found.items()}
+            both = {k: scores | rest.get(k, {}) for k, scores in found.items()}
+            found = {k: {s: v[s] for s in self.splits if s in v} for k, v in both.items()}
         found |= {k: before.scores for k, before in same.items()}
         scores = {k: dict(found[f]) for k, f in first.items()}
         if keep:

@@ -109,5 +109,11 @@ def _left_out_too(
         same = [r for r in pairs.get(other, ()) if r["step"] == record["step"]]
         if len(same) != 1 or candidate not in same[0]["candidates"]:
             return None
-        found.append(same[0]["candidates"][candidate]["splits"][f"{other}/in"]["accuracy"])
+        scores = same[0]["candidates"][candidate]["splits"]
+        require(
+            f"{other}/in" in scores,
+            f"the rule loo reads {other}/in at every checkpoint, which this run did not score: "
+            "train with evaluate=selection",
+        )
+        found.append(scores[f"{other}/in"]["accuracy"])
     return math.fsum(found) / len(found) if found else None

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgavg.errors import UserError
+from dgavg.errors import UserError, require
 from dgavg.models.model import Model
 
-EACH = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Identity, nn.Dropout)
+EACH = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Identity)
 
 
 class Stack(nn.Module):
@@ -25,15 +25,25 @@ class Stack(nn.Module):
     tensor with an axis of R in front. No model's output or gradient depends on another's.
 
     Raises `UserError` for a model with a layer that has no stacked form; those that have: linear,
-    1-D batch norm, flatten, and what acts on each number alone. Dropout draws for all at once, so
-    other masks than each model would draw.
+    1-D batch norm, flatten, and what acts on each number alone. Dropout has none, for its masks
+    would depend on the neighbours, and neither has what is frozen, hooked or used twice.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
         super().__init__()
+        for part in (models[0].featurizer, models[0].classifier):
+            layers = [m for _, m in part.named_modules(remove_duplicate=False) if not _parts(m)]
+            require(len(layers) == len(set(layers)), "stack: a layer is used twice: write stack=1")
         self.count = len(models)
         self.featurizer = Rows(_stacked([m.featurizer for m in models]), self.count)
         self.classifier = Rows(_stacked([m.classifier for m in models]), self.count)
+        first = next(iter(models[0].featurizer.modules()))
+        while _parts(first):
+            first = _parts(first)[0]
+        require(
+            isinstance(first, nn.Flatten),
+            f"stack: the model begins with {first}, not with nn.Flatten(): write stack=1",
+        )
         self.train(models[0].training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,22 +197,33 @@ class StackedMoments:
         self.layer.running_var.copy_(self.m2 / (self.n - 1).clamp(min=1))
 
 
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return list(module.children())
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a layer does what its class says, and all of it is trained."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    trained = all(p.requires_grad for p in module.parameters(recurse=False))
+    return trained and not any(hooks) and not getattr(module, "frozen", False)
+
+
 def _stacked(layers: Sequence[nn.Module]) -> nn.Module:
     """One layer that does what each of `layers`, which have one structure, does to its rows."""
     first: Any = layers[0]
     found: nn.Module | None = None
-    if type(first) is nn.Sequential:
+    kind = type(first) if _plain(first) else None
+    if kind is nn.Sequential:
         parts = [dict(layer.named_children()) for layer in layers]
         found = nn.Sequential(OrderedDict((k, _stacked([p[k] for p in parts])) for k in parts[0]))
-    elif type(first) is nn.Linear:
+    elif kind is nn.Linear:
         found = StackedLinear(cast(Sequence[nn.Linear], layers))
-    elif type(first) is nn.BatchNorm1d:
-        plain = first.affine and first.track_running_stats and first.momentum is not None
-        if plain and not getattr(first, "frozen", False):
+    elif kind is nn.BatchNorm1d:
+        if first.affine and first.track_running_stats and first.momentum is not None:
             found = StackedBatchNorm(cast(Sequence[nn.BatchNorm1d], layers))
-    elif type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1):
+    elif kind is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1):
         found = nn.Identity()  # rows come flat
-    elif type(first) in EACH:
+    elif kind in EACH:
         found = copy.deepcopy(first)
     if found is None:
         raise UserError(f"stack: no stacked form of {first} is known: write stack=1")

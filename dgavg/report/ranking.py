@@ -43,7 +43,8 @@ def _centred(traces: Sequence[Trace]) -> Points:
     validation: list[float] = []
     test: list[float] = []
     for trace in traces:
-        if len(trace.points) > 1 and not any(math.isnan(p.validation) for p in trace.points):
+        scored = not any(math.isnan(p.validation + p.test) for p in trace.points)
+        if len(trace.points) > 1 and scored:
             validation += _less_mean([p.validation for p in trace.points])
             test += _less_mean([p.test for p in trace.points])
     return validation, test

@@ -14,6 +14,7 @@ from dgavg.benchmark.experiment import experiments
 from dgavg.benchmark.folder import BusyError
 from dgavg.benchmark.table import Table
 from dgavg.config import explained, plain, register
+from dgavg.distributed import ranks
 from dgavg.errors import UserError, require
 from dgavg.evaluation.selection import SCORES_HELD_OUT
 from dgavg.sweep.reports import Failed, Report, finished
@@ -48,7 +49,7 @@ class Job:
         except UserError as error:
             report.failed.append(Failed(report.overrides, str(error)))
         except Exception as error:
-            if self.strict:
+            if self.strict or ranks() > 1:  # the other processes wait for this one
                 raise
             report.failed.append(Failed(report.overrides, self._message(error, number)))
         report.ended = True

@@ -141,7 +141,13 @@ class Multirun:
                 continue
             try:
                 with explained():
-                    jobs += [one_run(overrides, *run) for run in _runs(plain(config), known)]
+                    settings = plain(config)
+                    require(
+                        settings["stack"] == 1,
+                        f"hydra/launcher={self.launcher} makes each run a job of its own: write "
+                        "stack=1",
+                    )
+                    jobs += [one_run(overrides, *run) for run in _runs(settings, known)]
             except UserError as error:
                 refused.append(Report(overrides, failed=[Failed(overrides, str(error))]))
         return jobs, refused

@@ -11,6 +11,7 @@ from dgavg.benchmark import Table
 from dgavg.benchmark.domainbed.convert import convert
 from dgavg.benchmark.leave_one_out import leave_one_domain_out
 from dgavg.benchmark.reading import read_runs
+from dgavg.commands.report import report
 from dgavg.evaluation.selection import validation_score
 
 SETTINGS = {
@@ -25,9 +26,8 @@ def train(folder, evaluate, **more):
     return leave_one_domain_out(
         "sma_aswa_basic",
         seeds=[0],
-        holdout=["0", "75"],
         runs=folder,
-        settings={**SETTINGS, "evaluate": evaluate, **more},
+        settings={"holdout": ["0", "75"], **SETTINGS, "evaluate": evaluate, **more},
         quiet=True,
     )
 
@@ -57,7 +57,7 @@ def test_all_else_is_as_with_selection(both):
                 test = f"{record['held_out']}/in"
                 left_out += test not in found["splits"]
                 wanted = {k: v for k, v in other.items() if k in found["splits"] or k != test}
-                assert found["splits"] == wanted
+                assert list(found["splits"].items()) == list(wanted.items())
     assert left_out > 5
     rows = [t.to_frame().drop(columns="run") for t in tables.values()]
     assert rows[0].equals(rows[1])
@@ -87,6 +87,32 @@ def test_what_reads_every_checkpoint_says_so(both):
     with pytest.raises(UserError, match="evaluate=all"):
         str(Table(runs, "oracle_best"))
     assert Table(runs, "last")
+
+
+def test_early_stopping_ends_where_nothing_was_tested(tmp_path):
+    stopping = {"stopping.candidate": "live", "stopping.patience": 2, "protocol.eval_every": 3}
+    train(tmp_path, "picked", **stopping)
+    runs, _ = read_runs([tmp_path])
+    ends = [records[-1] for each in runs.values() for records in each]
+    assert any(
+        "0/in" not in e["candidates"]["live"]["splits"] for e in ends if e["held_out"] == "0"
+    )
+    assert Table(runs)
+    with pytest.raises(UserError, match=r"last picks step \d+ of live, where '0' was not scored"):
+        Table(runs, "last")
+
+
+def test_loo_needs_every_checkpoint(tmp_path):
+    train(tmp_path, "picked", holdout="pairs", **{"data.angles": [0, 30, 60]})
+    runs, _ = read_runs([tmp_path])
+    with pytest.raises(UserError, match=r"the rule loo reads \d+/in at every checkpoint"):
+        Table(runs, "loo")
+
+
+def test_the_page_shows_what_there_is(both, tmp_path):
+    pytest.importorskip("matplotlib")
+    report([str(both[0]["picked"]), "--html", str(tmp_path / "page.html")])
+    assert "sma_aswa_basic" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_other_rules_are_refused(tmp_path):

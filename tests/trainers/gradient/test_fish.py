@@ -119,7 +119,8 @@ def test_the_loss_it_reports_has_the_risks_of_all_domains_in_order():
     torch.testing.assert_close(found.terms["irm"], sum(k.terms["irm"] for k in losses) / 3)
     torch.testing.assert_close(found.total, sum(k.total for k in losses) / 3)
     assert found.logits.shape == (24, 3)
-    assert found.batch is batch
+    assert found.batch.x is batch.x
+    assert (found.batch.y.equal(batch.y), found.batch.d.equal(batch.d)) == (True, True)
     assert not found.total.requires_grad
 
 
