@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -294,6 +297,51 @@ def test_a_killed_stack_is_not_gone_on_with_by_other_settings(tmp_path, saving):
     run_stack(other, again)
     for lines in records(other).values():
         assert {record["lr"] for record in lines} == {0.05}
+
+
+KILLED = """
+import os, signal, sys
+from dgavg import cli
+from dgavg.benchmark import stacked
+from dgavg.stacked import StackedRun
+
+stacked.PAUSE, step = 0.0, StackedRun.step
+
+def die(self, batch):
+    if self.t == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch)
+
+if sys.argv[1] == "die":
+    StackedRun.step = die
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_process_that_is_killed_goes_on_to_the_bit(tmp_path):
+    words = ["trainer=ema_basic", "stack=2", "holdout=[0,45]", "seeds=[0]", "model.width=8"]
+    words += ["protocol.steps=30", "protocol.eval_every=10", "name=x"]
+
+    def command(folder, how="live"):
+        start = [sys.executable, "-c", KILLED, how, *words, f"runs={folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(start, env=environment, capture_output=True, timeout=200)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command(whole).returncode == 0
+    assert command(cut, "die").returncode == -9
+    assert len(list((cut / "x/.stacks").glob("*.pt"))) == 1
+    assert not list(cut.rglob("done"))
+    found = command(cut)
+    assert found.returncode == 0, found.stderr
+    for path in whole.rglob("*.safetensors"):
+        assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    for path in whole.rglob("records.jsonl"):
+        mine, theirs = (
+            [json.loads(line) | {"timing": 0} for line in p.read_text().splitlines()]
+            for p in (cut / path.relative_to(whole), path)
+        )
+        assert mine == theirs
 
 
 def test_to_delete_the_folder_of_one_run_trains_it_anew(tmp_path, saving):

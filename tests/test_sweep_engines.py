@@ -120,3 +120,20 @@ def test_ray_leaves_what_one_process_leaves(tmp_path):
     words = ["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"]
     assert dgavg(tmp_path / "jobs", "-m", *words, *TWO)[0] == table
     assert records(tmp_path / "jobs") == records(tmp_path / "here")
+
+
+def test_a_launcher_has_no_stacks_to_train(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    _, error = dgavg(tmp_path, "-m", "hydra/launcher=joblib", "stack=2", *TWO, status=2)
+    assert "hydra/launcher=joblib makes each run a job of its own: write stack=1" in error
+    assert not list((tmp_path / "runs").rglob("config.yaml"))
+
+
+def test_stacks_of_several_chains_make_one_table(tmp_path):
+    words = ["-m", "trainer=basic,ema_basic", "holdout=[0,45]", "seed=0", *SMALL, "stack=2"]
+    out, error = dgavg(tmp_path, *words)
+    assert len(re.findall(r"^(?:ema_)?basic +live", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"for 2 at once", error)) == 4
+    again, error = dgavg(tmp_path, *words)
+    assert again == out
+    assert error.count("done before") == 4
