@@ -12,7 +12,7 @@ from dgavg.data import DATASETS
 TRAINERS = ", ".join(sorted(ACTING))
 SETTINGS = (
     "trainer, data, model, optimizer, protocol, stopping, search, hparams_seed, holdout, seeds, "
-    "init_seed, device, precision, compile, threads, stack, evaluate, eval_batch_size, "
+    "init_seed, device, precision, scoring, compile, threads, stack, evaluate, eval_batch_size, "
     "also_batchnorm, logger, runs, name"
 )
 COMMANDS = "list, report, soup, ensemble, predict, export, features, domainbed"
@@ -68,6 +68,7 @@ VALUES = {
     "recalibrate",
     "protocol.test_split=out": "protocol.test_split=out: choose one of in, all",
     "precision=fp8": "precision=fp8: choose one of fp32, bf16, fp16",
+    "scoring=int8": "scoring=int8: choose one of null, fp32, bf16, fp16",
     "evaluate=some": "evaluate=some: choose one of selection, picked, all",
     "logger=wandb": "logger=wandb: choose one of null, tensorboard",
     "eval_batch_size=0": "eval_batch_size=0: at least 1",

@@ -26,6 +26,7 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
         (protocol["selection"], tuple(RULES), "protocol.selection"),
         (protocol["splits"], ("domainbed", "official"), "protocol.splits"),
         (settings["precision"], tuple(PRECISIONS), "precision"),
+        (settings["scoring"], (None, *PRECISIONS), "scoring"),
         (settings["evaluate"], ("selection", "picked", "all"), "evaluate"),
         (settings["logger"], (None, "tensorboard"), "logger"),
     ):

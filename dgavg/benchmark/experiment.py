@@ -63,6 +63,7 @@ class Experiment:
     init_seed: int | None
     device: torch.device
     precision: str
+    scoring: str
     compile: str | None
     clip: float | None
     evaluate_all: bool
@@ -183,7 +184,7 @@ def build(
         "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
-    for key in ("init_seed", "also_batchnorm"):
+    for key in ("init_seed", "also_batchnorm", "scoring"):
         if settings[key] not in (None, []):  # runs without them keep their names
             identity[key] = settings[key]
     if compile_mode is not None:
@@ -215,6 +216,7 @@ def build(
         init_seed=settings["init_seed"],
         device=device,
         precision=settings["precision"],
+        scoring=settings["scoring"] or settings["precision"],
         compile=compile_mode,
         clip=clip,
         evaluate_all=settings["evaluate"] == "all",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dgavg.benchmark.environment import note_environment
 from dgavg.benchmark.experiment import Experiment, Fold
@@ -37,7 +37,7 @@ from dgavg.gather import mean
 from dgavg.losslog import NonFiniteLossError
 from dgavg.models import Model
 from dgavg.models.model import lay_out
-from dgavg.run import Run
+from dgavg.run import Run, autocast
 from dgavg.seeding import random_state, seed_everything, seed_own, set_random_state
 from dgavg.trainer import Candidate, Scores
 
@@ -131,6 +131,17 @@ def _initial_model(experiment: Experiment, domains: int) -> Model:
     adapt(experiment.trainer, model, domains)
     set_random_state(before, experiment.device)
     return model
+
+
+def scored_by(experiment: Experiment) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Logits of a model, in the precision of scoring."""
+
+    def forward(model: Any, images: Tensor) -> Tensor:
+        with autocast(experiment.scoring, experiment.device):
+            logits: Tensor = model.classifier(model.featurizer(images))
+        return logits.float()
+
+    return forward
 
 
 def by_policies(
@@ -233,7 +244,7 @@ class _Fold:
             ),
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
-            forward=lambda twin, images: self.run.forward(images, twin)[1],
+            forward=scored_by(experiment),
             held_out=frozenset(f"{name}/{part}" for name in fold for part in ("in", "out")),
         )
         self.clock = Clock()

@@ -25,6 +25,7 @@ SETTINGS = (
     "protocol",
     "stopping",
     "precision",
+    "scoring",
     "device",
     "processes",
     "init_seed",

@@ -7,7 +7,7 @@ from typing import Any
 
 from dgavg.benchmark.results import searched
 
-OPTIONAL = ("init_seed", "compile", "stack")  # said where they are not as usual
+OPTIONAL = ("init_seed", "scoring", "compile", "stack")  # said where they are not as usual
 PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", *OPTIONAL)
 
 

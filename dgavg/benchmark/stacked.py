@@ -21,6 +21,7 @@ from dgavg.benchmark.fold import (
     Watch,
     by_policies,
     left_out,
+    scored_by,
     settings_of_run,
     starting,
     threads_for,
@@ -147,7 +148,7 @@ class _Stacked:
             batches.pool.images,
             batches.pool.labels,
             batch_size=batch_size,
-            forward=lambda twin, images: self.run.forward(images, twin)[1],
+            forward=scored_by(experiment),
         )
         self.clock, self.saved = Clock(), time.perf_counter()
 

@@ -63,6 +63,7 @@ class Settings:
     init_seed: int | None = REQUIRED
     device: str = REQUIRED
     precision: str = REQUIRED
+    scoring: str | None = REQUIRED
     compile: Any = REQUIRED
     threads: int | None = REQUIRED
     stack: int = REQUIRED

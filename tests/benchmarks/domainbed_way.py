@@ -214,9 +214,11 @@ def fold(rounds):
     }
     eight = {}
     for precision in ("fp32", "bf16"):
-        for evaluate in ("selection", "picked"):
-            more = {"evaluate": evaluate, "seeds": [0], "holdout": ["0"]}
-            name = f"dgavg {precision} evaluate={evaluate}"
+        for evaluate, scoring in (("selection", None), ("picked", None), ("picked", "bf16")):
+            if scoring == precision:
+                continue
+            more = {"evaluate": evaluate, "scoring": scoring, "seeds": [0], "holdout": ["0"]}
+            name = f"dgavg {precision} evaluate={evaluate}" + (" scoring=bf16" if scoring else "")
             works[name] = ours(ONE, dataset, "cnn", precision, cost, **more)
             more |= {"trainer.sma.start": 0.02, "protocol.name": "eight"}
             eight[name] = ours(EIGHT, dataset, "cnn", precision, cost, **more)
