@@ -10,8 +10,8 @@ splits and steps. Three tables:
   in DomainBed's RotatedMNIST, relative to the images scored.
 - `sweep`: an MLP on six folds and three seeds, as separate runs and stacked.
 
-Rounds are interleaved in one process of one thread; processor time, medians, and the range of all
-rounds. What is not ours runs with the C library's allocator as it comes.
+Rounds are interleaved; one thread, processor time, medians, and the range of all rounds.
+DomainBed's way has a process of its own, whose C library's allocator is as it comes.
 
     python tests/benchmarks/domainbed_way.py [step] [fold] [sweep] [--rounds 3]
 """
@@ -19,10 +19,12 @@ rounds. What is not ours runs with the C library's allocator as it comes.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -35,27 +37,10 @@ from dgavg.data import TrainingBatches, load, make_splits
 from dgavg.models import build_model
 from dgavg.optimizers import optimizer_factory
 
+BASE = "DomainBed's way"
 ONE, EIGHT = "ema_basic", "sma_ema_swa_lawa_swad_posthocema_basic"  # the last link has three
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
 CNN = {"rows": 32, "steps": 30, "every": 5, "lr": 1e-3}
 MLP = {"rows": 8, "steps": 301, "every": 100, "lr": 1e-2}
-
-
-def allocator_as_it_comes():
-    libc = ctypes.CDLL(None)
-    for key, value in (
-        (M_MMAP_MAX, 65536),
-        (M_MMAP_THRESHOLD, 128 << 10),
-        (M_TRIM_THRESHOLD, 128 << 10),
-        (M_TOP_PAD, 128 << 10),
-    ):
-        libc.mallopt(key, value)
-    libc.malloc_trim(0)
-
-
-def allocator_of_ours():
-    keep_memory.cache_clear()
-    keep_memory()
 
 
 class Forever:
@@ -138,24 +123,56 @@ def ours(spec, dataset, model, precision, cost, **more):
     return work
 
 
-def measured(works, rounds, first):
-    """Seconds of every round by name; those that start with `first` have the system's allocator."""
-    times = {name: [] for name in works}
-    for round_ in range(rounds):
-        names = list(works)
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            (allocator_as_it_comes if name.startswith(first) else allocator_of_ours)()
-            start = time.process_time()
-            works[name]()
-            times[name].append(time.process_time() - start)
+@cache
+def their_run():
+    return DomainBedRun(load("digits_rotated", size=28), "cnn", 0, 0, 64, CNN["lr"])
+
+
+def their_step():
+    their_run().step()
+
+
+def their_fold():
+    dataset = load("digits_rotated", size=28)
+    run = DomainBedRun(dataset, "cnn", 0, 0, CNN["rows"], CNN["lr"])
+    run.train(CNN["steps"], CNN["every"])
+
+
+def their_sweep():
+    dataset = load("digits_rotated")
+    for held_out in range(6):
+        for seed in range(3):
+            run = DomainBedRun(dataset, "mlp", held_out, seed, MLP["rows"], MLP["lr"])
+            run.train(MLP["steps"], MLP["every"])
+
+
+def seconds(work):
+    torch.set_num_threads(1)
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def measured(theirs, works, rounds, warm=0):
+    """Seconds of every round by name; `warm` rounds before them count for nothing."""
+    times = {name: [] for name in (BASE, *works)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        for round_ in range(-warm, rounds):
+            names = list(times)
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                found = (
+                    apart.submit(seconds, theirs).result() if name == BASE else seconds(works[name])
+                )
+                if round_ >= 0:
+                    times[name].append(found)
     return times
 
 
-def show(title, times, base, factor=1, images=None):
+def show(title, times, factor=1, images=None):
     print(f"\n{title}")
     for name, values in times.items():
-        times_more = 1 if name == base else factor
-        ratios = [times_more * b / v for b, v in zip(times[base], values, strict=True)]
+        times_more = 1 if name == BASE else factor
+        ratios = [times_more * b / v for b, v in zip(times[BASE], values, strict=True)]
         middle = statistics.median(values)
         rate = f"  {images / middle:7.0f} images/s" if images else ""
         spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
@@ -172,7 +189,6 @@ def step(rounds):
     def batches():
         return TrainingBatches(dataset, splits, domains, batch_size=rows, seed=0, device="cpu")
 
-    their = DomainBedRun(dataset, "cnn", 0, 0, rows, 1e-3)
     model = build_model("cnn", dataset.input_shape, 10)
     optimizer, batch = adam(model.parameters()), batches()(0)
 
@@ -181,7 +197,8 @@ def step(rounds):
         F.cross_entropy(model(batch.x), batch.y).backward()
         optimizer.step()
 
-    works = {"DomainBed's way": their.step, "plain loop": plain}
+    keep_memory()
+    works = {"plain loop": plain}
     for precision in ("fp32", "bf16"):
         for spec in ("basic", ONE):
             network = build_model("cnn", dataset.input_shape, 10)
@@ -200,19 +217,14 @@ def step(rounds):
                 run.tap("after_step")
 
             works[f"dgavg {spec} {precision}"] = one
-    times = measured(works, rounds, "DomainBed")
-    show("one step, 5 domains of 64 images of 28×28, MNIST CNN", times, "DomainBed's way", 1, 320)
+    times = measured(their_step, works, rounds, warm=2)
+    show("one step, 5 domains of 64 images of 28×28, MNIST CNN", times, 1, 320)
 
 
 def fold(rounds):
     dataset = load("digits_rotated", size=28)
     cost = CNN
-    works = {
-        "DomainBed's way": lambda: DomainBedRun(
-            dataset, "cnn", 0, 0, cost["rows"], cost["lr"]
-        ).train(cost["steps"], cost["every"])
-    }
-    eight = {}
+    works, eight = {}, {}
     for precision in ("fp32", "bf16"):
         for evaluate, scoring in (("selection", None), ("picked", None), ("picked", "bf16")):
             if scoring == precision:
@@ -222,31 +234,23 @@ def fold(rounds):
             works[name] = ours(ONE, dataset, "cnn", precision, cost, **more)
             more |= {"trainer.sma.start": 0.02, "protocol.name": "eight"}
             eight[name] = ours(EIGHT, dataset, "cnn", precision, cost, **more)
-    times = measured({**works, **{f"8 {k}": v for k, v in eight.items()}}, rounds, "DomainBed")
+    every = {**works, **{f"8 {k}": v for k, v in eight.items()}}
+    times = measured(their_fold, every, rounds)
     single = {k: v for k, v in times.items() if not k.startswith("8 ")}
-    base = "DomainBed's way"
-    show("one fold, one average, MNIST CNN", single, base)
-    many = {base: times[base], **{k: times[f"8 {k}"] for k in eight}}
-    show("one fold, eight averages against eight DomainBed runs, MNIST CNN", many, base, 8)
+    show("one fold, one average, MNIST CNN", single)
+    many = {BASE: times[BASE], **{k: times[f"8 {k}"] for k in eight}}
+    show("one fold, eight averages against eight DomainBed runs, MNIST CNN", many, 8)
 
 
 def sweep(rounds):
     dataset = load("digits_rotated")
-    cost = MLP
-
-    def theirs():
-        for held_out in range(6):
-            for seed in range(3):
-                one = DomainBedRun(dataset, "mlp", held_out, seed, cost["rows"], cost["lr"])
-                one.train(cost["steps"], cost["every"])
-
-    works = {"DomainBed's way": theirs}
+    cost, works = MLP, {}
     for precision in ("fp32", "bf16"):
         for stack in (1, 9, 18):
             works[f"dgavg {precision} stack={stack}"] = ours(
                 "basic", dataset, "mlp", precision, cost, stack=stack
             )
-    show("18 runs of an MLP", measured(works, rounds, "DomainBed"), "DomainBed's way")
+    show("18 runs of an MLP", measured(their_sweep, works, rounds))
 
 
 def main():
