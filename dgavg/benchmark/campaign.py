@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgavg.allocator import keep_memory
-from dgavg.benchmark.experiment import Experiment, Fold
+from dgavg.benchmark.experiment import Experiment, Fold, run_label
 from dgavg.benchmark.files import read_records
 from dgavg.benchmark.fold import run_fold
 from dgavg.benchmark.folder import BusyError, is_free
@@ -140,7 +140,7 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
         watcher.start(f"{len(unit.members)} runs", at_once=len(unit.members))
         run_stack(unit.experiment, unit.members, watcher)
     for (fold, seed), folder in zip(unit.members, unit.folders, strict=True):
-        label = f"hold out {' and '.join(fold)}, seed {seed}"
+        label = run_label(fold, seed)
         if stacked:
             watcher.name(label)
             yield fold, seed, read_records(folder / "records.jsonl")

@@ -66,8 +66,7 @@ class Experiment:
     scoring: str
     compile: str | None
     clip: float | None
-    evaluate_all: bool
-    evaluate_picked: bool
+    evaluate: str
     eval_batch_size: int
     also_batchnorm: tuple[str, ...]
     threads: int | None
@@ -84,6 +83,11 @@ class Experiment:
     def run_folder(self, fold: Fold, seed: int) -> Path:
         """Where the run of one fold and seed lives."""
         return self.folder / "+".join(fold).replace(os.sep, "_") / str(seed)
+
+
+def run_label(fold: Fold, seed: int) -> str:
+    """A run of an experiment as messages name it."""
+    return f"hold out {' and '.join(fold)}, seed {seed}"
 
 
 def experiments(
@@ -219,8 +223,7 @@ def build(
         scoring=settings["scoring"] or settings["precision"],
         compile=compile_mode,
         clip=clip,
-        evaluate_all=settings["evaluate"] == "all",
-        evaluate_picked=settings["evaluate"] == "picked",
+        evaluate=settings["evaluate"],
         eval_batch_size=settings["eval_batch_size"],
         also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],

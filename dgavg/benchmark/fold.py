@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgavg.benchmark.environment import note_environment
-from dgavg.benchmark.experiment import Experiment, Fold
+from dgavg.benchmark.experiment import Experiment, Fold, run_label
 from dgavg.benchmark.files import (
-    differences,
     load_checkpoint,
     read_records,
     save_checkpoint,
 )
-from dgavg.benchmark.folder import check_same, locked, write_config
+from dgavg.benchmark.folder import check_same, locked, require_same, write_config
 from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import splits_to_score
 from dgavg.benchmark.tensorboard import EventFiles
@@ -29,7 +28,6 @@ from dgavg.chain import adapt, renew
 from dgavg.data import DomainDataset, Splits, TrainingBatches, make_splits
 from dgavg.disk import write_text
 from dgavg.distributed import on_first
-from dgavg.errors import require
 from dgavg.evaluation import Scorer
 from dgavg.evaluation.scoring import SplitScore
 from dgavg.fit import fit
@@ -133,6 +131,17 @@ def _initial_model(experiment: Experiment, domains: int) -> Model:
     return model
 
 
+def shared_options(experiment: Experiment) -> dict[str, Any]:
+    """What every run of an experiment is given, also one in a stack."""
+    protocol = experiment.protocol
+    return {
+        **{key: protocol[key] for key in ("steps", "eval_every", "first_eval")},
+        "optimizer": experiment.optimizer,
+        "schedule": experiment.schedule,
+        "precision": experiment.precision,
+    }
+
+
 def scored_by(experiment: Experiment) -> Callable[[nn.Module, Tensor], Tensor]:
     """Logits of a model, in the precision of scoring."""
 
@@ -219,14 +228,9 @@ class _Fold:
             renew(experiment.trainer),
             model,
             self.batches,
-            steps=protocol["steps"],
-            optimizer=experiment.optimizer,
-            schedule=experiment.schedule,
+            **shared_options(experiment),
             evaluate=self._evaluate,
-            eval_every=protocol["eval_every"],
-            first_eval=protocol["first_eval"],
             stopping=experiment.stopping,
-            precision=experiment.precision,
             compile=experiment.compile,
             clip=experiment.clip,
             seed=seed,
@@ -240,7 +244,7 @@ class _Fold:
                 start.held_out,
                 protocol,
                 self.run.device,
-                every=experiment.evaluate_all,
+                every=experiment.evaluate == "all",
             ),
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
@@ -264,7 +268,7 @@ class _Fold:
                 if (records := self.journal.records)
                 else "no checkpoint had been written yet"
             )
-            where = f"hold out {' and '.join(self.fold)}, seed {self.seed}"
+            where = run_label(self.fold, self.seed)
             raise NonFiniteLossError(f"{error} ({where}; {good})") from None
         finally:
             if self.events is not None:
@@ -284,12 +288,8 @@ class _Fold:
 
     def _resume(self, checkpoint: Path) -> None:
         saved = on_first(lambda: load_checkpoint(checkpoint))
-        found = list(differences(self.settings, saved["settings"]))
-        require(
-            not found,
-            f"{checkpoint} is of a run with other settings ({'; '.join(found[:3])}); "
-            "delete it to start this run anew",
-        )
+        advice = "; delete it to start this run anew"
+        require_same(self.settings, saved["settings"], f"{checkpoint} is of a run", advice)
         torch.set_num_threads(saved["threads"])  # sums depend on how they are split
         self.run.load_state_dict(saved["run"])
         self.journal.restore(saved["records"])
@@ -311,17 +311,10 @@ class _Fold:
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         # of what is not picked nobody reads how it did on the held-out domain
-        sparing = self.experiment.evaluate_picked and run.t < run.steps
+        sparing = self.experiment.evaluate == "picked" and run.t < run.steps
         tested = self.journal.picks if sparing else None
         scores = self.scorer.score(candidates, keep=again, tested=tested)
-        moment = Moment(
-            step=run.t,
-            epoch=run.t / run.epoch_length,
-            closed=run.closed,
-            lr=run.optimizer.param_groups[0]["lr"],
-            losses=run.losses.read(),
-            seconds=self.clock.read(),
-        )
+        moment = Moment.of(run, run.losses.read(), self.clock.read())
         validation = {}
         if self.experiment.protocol["holdout_fraction"]:
             validation = {name: self._validation(found) for name, found in scores.items()}

@@ -62,12 +62,14 @@ def check_same(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     theirs = read_config(folder)
     check_processes(str(folder), theirs.get("processes", 1))
-    found = list(differences(settings, theirs))
-    require(
-        not found,
-        f"{folder} holds a run with other settings ({'; '.join(found[:3])}): choose another "
-        "name=..., or delete that folder",
-    )
+    advice = ": choose another name=..., or delete that folder"
+    require_same(settings, theirs, f"{folder} holds a run", advice)
+
+
+def require_same(mine: Any, theirs: Any, what: str, advice: str) -> None:
+    """Raise `UserError`, with the first differences, where settings are not the same."""
+    found = list(differences(mine, theirs))
+    require(not found, f"{what} with other settings ({'; '.join(found[:3])}){advice}")
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dgavg.benchmark.files import record_line, save_weights
 from dgavg.disk import make_folder, write_text
 from dgavg.evaluation import selected_step
 from dgavg.evaluation.scoring import SplitScore
+from dgavg.run import Run
 from dgavg.trainer import Candidate, Weights
 
 # What a record names beside the chain: all that its numbers come from.
@@ -47,6 +48,12 @@ class Moment:
     lr: float
     losses: Mapping[str, float]
     seconds: float
+
+    @classmethod
+    def of(cls, run: Run, losses: Mapping[str, float], seconds: float) -> Moment:
+        """Where `run` stands, with the losses since the last time and the seconds it has taken."""
+        lr = run.optimizer.param_groups[0]["lr"]
+        return cls(run.t, run.t / run.epoch_length, run.closed, lr, losses, seconds)
 
 
 class Journal:

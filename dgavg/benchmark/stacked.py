@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from dgavg.benchmark.environment import note_environment
-from dgavg.benchmark.experiment import Experiment, Fold
-from dgavg.benchmark.files import differences, load_checkpoint, save_checkpoint
+from dgavg.benchmark.experiment import Experiment, Fold, run_label
+from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.benchmark.fold import (
     Clock,
     Watch,
@@ -23,16 +23,17 @@ from dgavg.benchmark.fold import (
     left_out,
     scored_by,
     settings_of_run,
+    shared_options,
     starting,
     threads_for,
 )
-from dgavg.benchmark.folder import check_same, locked, write_config
+from dgavg.benchmark.folder import check_same, locked, require_same, write_config
 from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import rows_to_score
 from dgavg.chain import renew
 from dgavg.data.stacked import StackedBatches
 from dgavg.disk import make_folder, write_text
-from dgavg.errors import UserError, require
+from dgavg.errors import UserError
 from dgavg.evaluation.scoring import Found
 from dgavg.evaluation.stacked import StackedScorer
 from dgavg.fit import fit
@@ -101,7 +102,7 @@ class _Stacked:
         self.experiment, self.members = experiment, list(members)
         self.folders = [experiment.run_folder(*m) for m in members]
         self.settings = [settings_of_run(experiment, *m) for m in members]
-        self.labels = [f"hold out {' and '.join(fold)}, seed {seed}" for fold, seed in members]
+        self.labels = [run_label(*member) for member in members]
         self.journals = [
             Journal(folder, settings, experiment.spec, left_out(fold))
             for folder, settings, (fold, _) in zip(
@@ -124,13 +125,8 @@ class _Stacked:
             renew(experiment.trainer),
             stack,
             batches,
-            steps=protocol["steps"],
-            optimizer=experiment.optimizer,
-            schedule=experiment.schedule,
+            **shared_options(experiment),
             evaluate=self._evaluate,
-            eval_every=protocol["eval_every"],
-            first_eval=protocol["first_eval"],
-            precision=experiment.precision,
         )
         self.scorer = StackedScorer(
             stack,
@@ -140,7 +136,7 @@ class _Stacked:
                     s.splits,
                     s.held_out,
                     protocol,
-                    every=experiment.evaluate_all,
+                    every=experiment.evaluate == "all",
                 )
                 for s in starts
             ],
@@ -183,13 +179,9 @@ class _Stacked:
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.checkpoint)
-        pairs = zip(self.settings, saved["settings"], strict=True)
-        found = [text for mine, theirs in pairs for text in differences(mine, theirs)]
-        require(
-            not found,
-            f"{self.checkpoint} is of runs with other settings ({'; '.join(found[:3])}); delete it "
-            "to start them anew",
-        )
+        for mine, theirs in zip(self.settings, saved["settings"], strict=True):
+            advice = "; delete it to start these runs anew"
+            require_same(mine, theirs, f"{self.checkpoint} is of a run", advice)
         torch.set_num_threads(saved["threads"])
         self.run.load_state_dict(saved["run"])
         for journal, lines in zip(self.journals, saved["records"], strict=True):
@@ -222,14 +214,7 @@ class _Stacked:
         losses = list(self._losses())
         for r, journal in enumerate(self.journals):
             self._check_finite(r, scores[r]["live"])
-            moment = Moment(
-                step=run.t,
-                epoch=run.t / run.epoch_length,
-                closed=run.closed,
-                lr=run.optimizer.param_groups[0]["lr"],
-                losses=losses[r],
-                seconds=self.clock.read(),
-            )
+            moment = Moment.of(run, losses[r], self.clock.read())
             journal.add(moment, candidates, scores[r], lambda k, r=r: self.scorer.weights(k, r))  # type: ignore[misc]
         return {}
 

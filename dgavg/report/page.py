@@ -15,6 +15,7 @@ from dgavg.benchmark.results import SELECTED
 from dgavg.benchmark.table import Table
 from dgavg.disk import write_atomically, writing
 from dgavg.evaluation import RULES
+from dgavg.evaluation.selection import SCORES_HELD_OUT
 from dgavg.report import details
 from dgavg.report.bars import accuracy_panels, gain_panels
 from dgavg.report.curves import curve_panels
@@ -24,7 +25,6 @@ from dgavg.report.style import Key, Palette, Panel, png, variables
 
 HERE = Path(__file__).parent
 DIR = "choose another --figures DIR"
-TEST_RULES = ("oracle", "oracle_best")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _table(table: Table, id_: str) -> dict[str, Any]:
         "id": f"{id_}-{table.rule}",
         "rule": table.rule,
         "meaning": RULES[table.rule],
-        "oracle": table.rule in TEST_RULES,
+        "oracle": table.rule in SCORES_HELD_OUT,
         "error": "Mean ± standard error over the seeds." if several else "",
         "lines": lines,
         "notes": table.footnotes(lines),
