@@ -344,6 +344,17 @@ def test_a_process_that_is_killed_goes_on_to_the_bit(tmp_path):
         assert mine == theirs
 
 
+def test_a_stack_goes_on_with_as_many_threads_as_it_began_with(tmp_path, saving):
+    first = settings(tmp_path, "stack=4", "threads=2")
+    (members,) = stacks(first)
+    stopped(first, members, 15)
+    seen = []
+    other = settings(tmp_path, "stack=4", "threads=1")
+    run_stack(other, members, lambda run: seen.append(torch.get_num_threads()))
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+
+
 def test_to_delete_the_folder_of_one_run_trains_it_anew(tmp_path, saving):
     whole, killed = settings(tmp_path / "whole", "stack=4"), settings(tmp_path / "cut", "stack=4")
     (members,) = stacks(whole)

@@ -25,11 +25,16 @@ SCORES_HELD_OUT = ("oracle", "oracle_best")  # the rules that read the held-out 
 Record = Mapping[str, Any]
 
 
-def validation_score(scores: Mapping[str, Mapping[str, float]], held_out: str | set[str]) -> float:
-    """Mean accuracy over the `out` parts of all domains but the held-out ones; NaN without any."""
+def validation_score(
+    scores: Mapping[str, Mapping[str, Any]], held_out: str | set[str], metric: str = "accuracy"
+) -> float:
+    """Mean of a metric over the `out` parts of all domains but the held-out ones; NaN without any.
+
+    What was not finite, which records have as null, makes it NaN.
+    """
     out = {held_out} if isinstance(held_out, str) else held_out
     found = [
-        score["accuracy"]
+        math.nan if score[metric] is None else score[metric]
         for split, score in scores.items()
         if split.endswith("/out") and split.removesuffix("/out") not in out
     ]

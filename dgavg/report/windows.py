@@ -11,7 +11,7 @@ import torch
 
 from dgavg.averaging import LossValley
 from dgavg.benchmark.results import Records
-from dgavg.evaluation.selection import held_out_of
+from dgavg.evaluation.selection import held_out_of, validation_score
 from dgavg.schedules import step_of
 
 BY_STEP = ("sma", "ema", "posthocema")
@@ -106,7 +106,9 @@ def _valley(settings: Mapping[str, Any], records: Records, index: int) -> Window
     for record, segment in zip(seen, segments, strict=True):
         valley.update({"w": segment})
         if record is not seen[-1] or closed:  # candidates are scored before the loss is judged
-            valley.evaluated({"w": segment}, _loss(record))
+            splits = record["candidates"]["live"]["splits"]
+            loss = validation_score(splits, held_out_of(record), "loss")
+            valley.evaluated({"w": segment}, loss)
     inside = valley.weights()["w"].nonzero().flatten().tolist()
     return Window(*_steps(valley, seen, inside, start), settings["every"])
 
@@ -119,14 +121,3 @@ def _steps(
     if getattr(valley.rule, "converged", False):
         return seen[first]["step"], last  # the paper's valley begins with these very weights
     return (seen[first - 1]["step"] + 1 if first else max(start, 1)), last
-
-
-def _loss(record: Mapping[str, Any]) -> float:
-    """Of the live weights: the mean over the validation parts of the training domains."""
-    left_out = held_out_of(record)
-    losses = [
-        math.nan if score["loss"] is None else score["loss"]
-        for split, score in record["candidates"]["live"]["splits"].items()
-        if split.endswith("/out") and split.removesuffix("/out") not in left_out
-    ]
-    return sum(losses) / len(losses) if losses else math.nan

@@ -142,3 +142,15 @@ def test_the_validation_score_is_the_mean_over_training_domains_alone():
     assert validation_score(splits, "c") == pytest.approx(0.4)
     assert validation_score(splits, "a") == pytest.approx(0.8)
     assert math.isnan(validation_score({"c/out": {"accuracy": 1.0}}, "c"))
+
+
+def test_another_metric_of_validation_is_nan_where_records_have_null():
+    splits = {
+        "a/out": {"accuracy": 0.5, "loss": 2.0},
+        "b/out": {"accuracy": 1.0, "loss": 1.0},
+        "c/out": {"accuracy": 0.0, "loss": 9.0},
+    }
+    assert validation_score(splits, "c", "loss") == 1.5
+    splits["b/out"]["loss"] = None
+    assert math.isnan(validation_score(splits, "c", "loss"))
+    assert validation_score(splits, "c") == 0.75
