@@ -247,9 +247,13 @@ class Trainer:
         """Weights worth evaluating, by name; none before there are any."""
         return {}
 
-    def needs_validation(self) -> bool:
-        """Whether this link decides by validation data: it can't train where none is held out."""
-        return type(self).after_eval is not Trainer.after_eval
+    def decides_by(self) -> list[str]:
+        """The candidates by whose validation scores this link decides, known before training.
+
+        A link that decides by any can't train where no validation data are held out.
+        """
+        reads = type(self).after_eval is not Trainer.after_eval
+        return ["live", *self.candidate_names()] if reads else []
 
     def candidate_names(self) -> list[str]:
         """The names that `candidates` gives while training, known before it begins."""

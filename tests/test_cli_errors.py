@@ -12,8 +12,8 @@ from dgavg.data import DATASETS
 TRAINERS = ", ".join(sorted(ACTING))
 SETTINGS = (
     "trainer, data, model, optimizer, protocol, stopping, search, hparams_seed, holdout, seeds, "
-    "init_seed, device, precision, scoring, compile, threads, stack, evaluate, eval_batch_size, "
-    "also_batchnorm, logger, runs, name"
+    "init_seed, device, precision, scoring, compile, threads, stack, evaluate, candidates, "
+    "eval_batch_size, also_batchnorm, logger, runs, name"
 )
 COMMANDS = "list, report, soup, ensemble, predict, export, features, domainbed"
 USE = "settings are SETTING=VALUE, see dgavg --help"

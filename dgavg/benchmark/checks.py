@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,26 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
     require(threads is None or threads > 0, f"threads={threads}: at least 1, or null")
 
 
-def check_stopping(trainer: Trainer, stopping: Stopping) -> None:
+def check_candidates(trainer: Trainer, wanted: Sequence[str], where: str) -> None:
+    """Raise `UserError` for a name that no candidate of the chain will have."""
     known = ["live", *(name for link in trainer for name in link.candidate_names())]
-    if stopping.candidate is not None and stopping.candidate not in known:
-        where = f"the chain {spec_of(trainer)!r} (stopping.candidate)"
-        raise unknown("candidate", stopping.candidate, known, where)
+    for name in wanted:
+        if name not in known:
+            raise unknown("candidate", name, known, f"the chain {spec_of(trainer)!r} ({where})")
+
+
+def to_score(trainer: Trainer, stopping: Stopping, wanted: list[str] | None) -> set[str] | None:
+    """The candidates to score: those `wanted`, and those that decide anything; all if `None`.
+
+    Raises `UserError` for a name that no candidate of the chain will have.
+    """
+    deciding = [stopping.candidate] if stopping.candidate is not None else []
+    check_candidates(trainer, deciding, "stopping.candidate")
+    if wanted is None:
+        return None
+    require(bool(wanted), "candidates=[]: name at least one, or write candidates=null for all")
+    check_candidates(trainer, wanted, "candidates")
+    return {*wanted, *deciding, *(name for link in trainer for name in link.decides_by())}
 
 
 def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:
@@ -85,7 +100,7 @@ def check_without_validation(trainer: Trainer, stopping: Stopping, selection: st
     none = "protocol.holdout_fraction=0 leaves no validation data"
     require(selection == "last", f"{none} to select by: write protocol.selection=last")
     require(stopping.candidate is None, f"{none} to stop by: write stopping.candidate=null")
-    needy = [link.name for link in trainer if link.needs_validation()]
+    needy = [link.name for link in trainer if link.decides_by()]
     require(not needy, f"{none}, which {', '.join(needy)} in {spec_of(trainer)!r} decides by")
 
 

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from dgavg.benchmark.checks import (
     check_choices,
     check_functions,
     check_stack,
-    check_stopping,
     check_without_validation,
     find_compile,
     find_device,
+    to_score,
 )
 from dgavg.chain import chain, check, settings_of, spec_of
 from dgavg.config.protocols import changed
@@ -67,6 +67,7 @@ class Experiment:
     compile: str | None
     clip: float | None
     evaluate: str
+    candidates: Set[str] | None
     eval_batch_size: int
     also_batchnorm: tuple[str, ...]
     threads: int | None
@@ -154,7 +155,7 @@ def build(
     check_functions(trainer)
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     check_choices(settings, protocol)
-    check_stopping(trainer, stopping)
+    scored = to_score(trainer, stopping, settings["candidates"])
     if settings["stack"] > 1:
         check_stack(trainer, settings)
     if protocol["holdout_fraction"] == 0:
@@ -188,7 +189,7 @@ def build(
         "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
-    for key in ("init_seed", "also_batchnorm", "scoring"):
+    for key in ("init_seed", "also_batchnorm", "scoring", "candidates"):
         if settings[key] not in (None, []):  # runs without them keep their names
             identity[key] = settings[key]
     if compile_mode is not None:
@@ -224,6 +225,7 @@ def build(
         compile=compile_mode,
         clip=clip,
         evaluate=settings["evaluate"],
+        candidates=scored,
         eval_batch_size=settings["eval_batch_size"],
         also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],

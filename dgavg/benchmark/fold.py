@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from dgavg.models import Model
 from dgavg.models.model import lay_out
 from dgavg.run import Run, autocast
 from dgavg.seeding import random_state, seed_everything, seed_own, set_random_state
-from dgavg.trainer import Candidate, Scores
+from dgavg.trainer import Candidate, Scores, Weights
 
 Watch = Callable[[Run], None]
 THREADS = torch.get_num_threads()  # torch's own choice, from the machine and OMP_NUM_THREADS
@@ -153,17 +153,23 @@ def scored_by(experiment: Experiment) -> Callable[[nn.Module, Tensor], Tensor]:
     return forward
 
 
-def by_policies(
-    candidates: Mapping[str, Candidate], policies: Sequence[str]
-) -> Iterator[tuple[str, Candidate]]:
-    """Candidates, each average followed by itself under the other batch-norm `policies`."""
-    for name, candidate in candidates.items():
-        yield name, candidate
-        if name == "live" or candidate.probe:
-            continue
-        for policy in policies:
-            if policy != candidate.batchnorm:
-                yield f"{name}@{policy}", replace(candidate, batchnorm=policy)
+def candidates_of(run: Run, experiment: Experiment) -> dict[str, Candidate]:
+    """What is scored, each average followed by itself under the other batch-norm policies."""
+    found = {}
+    wanted = experiment.candidates
+    for name, candidate in run.candidates().items():
+        if candidate.probe or wanted is None or name in wanted:
+            found[name] = candidate
+            alone = candidate.probe or name == "live"
+            for policy in () if alone else experiment.also_batchnorm:
+                if policy != candidate.batchnorm:
+                    found[f"{name}@{policy}"] = replace(candidate, batchnorm=policy)
+    return found
+
+
+def norm_of(weights: Weights) -> float:
+    """The norm of all that are floating-point numbers; not finite where one of them is not."""
+    return nn.utils.get_total_norm(t for t in weights.values() if t.is_floating_point()).item()
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,10 @@ class _Fold:
 
     def _evaluate(self, run: Run) -> Scores:
         """Score, record, keep the weights that selection would pick; return validation alone."""
-        candidates = dict(by_policies(run.candidates(), self.experiment.also_batchnorm))
+        candidates = candidates_of(run, self.experiment)
+        if not candidates:  # those asked for begin later
+            self._check_finite((), {})
+            return {}
         # what `after_fit` leaves as it is need not be scored twice
         again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         # of what is not picked nobody reads how it did on the held-out domain
@@ -318,9 +327,7 @@ class _Fold:
         validation = {}
         if self.experiment.protocol["holdout_fraction"]:
             validation = {name: self._validation(found) for name, found in scores.items()}
-            self._check_finite("validation loss", validation["live"]["loss"])
-        else:
-            self._check_finite("training loss", self._training_loss())
+        self._check_finite(scores, validation)
         self.journal.add(moment, candidates, scores, self.scorer.weights)
         on_first(self._write)
         self.journal.forget()
@@ -333,11 +340,19 @@ class _Fold:
         logits = self.scorer.logits("live", batch.x)
         return mean(F.cross_entropy(logits, batch.y)).item()
 
-    def _check_finite(self, what: str, loss: float) -> None:
+    def _check_finite(
+        self, scores: Collection[str], validation: Mapping[str, Mapping[str, float]]
+    ) -> None:
         """Stop before the checkpoint where the last update blew the weights up."""
-        if not math.isfinite(loss):
+        if "live" in validation:
+            what, found = "validation loss", validation["live"]["loss"]
+        elif "live" in scores:
+            what, found = "training loss", self._training_loss()
+        else:
+            what, found = "norm", norm_of(self.run.live)
+        if not math.isfinite(found):
             raise NonFiniteLossError(
-                f"step {self.run.t}: the {what} of the live weights is {loss}; "
+                f"step {self.run.t}: the {what} of the live weights is {found}; "
                 "try a lower optimizer.lr or a smaller weight"
             )
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.benchmark.fold import (
     Clock,
     Watch,
-    by_policies,
+    candidates_of,
     left_out,
+    norm_of,
     scored_by,
     settings_of_run,
     shared_options,
@@ -38,7 +39,7 @@ from dgavg.evaluation.scoring import Found
 from dgavg.evaluation.stacked import StackedScorer
 from dgavg.fit import fit
 from dgavg.losslog import NonFiniteLossError
-from dgavg.models.stack import Stack
+from dgavg.models.stack import Stack, part
 from dgavg.run import Run
 from dgavg.stacked import StackedRun
 from dgavg.trainer import Scores
@@ -209,12 +210,14 @@ class _Stacked:
 
     def _evaluate(self, run: Run) -> Scores:
         """Score and note; no link of a stack decides by scores, so none are given back."""
-        candidates = dict(by_policies(run.candidates(), self.experiment.also_batchnorm))
+        candidates = candidates_of(run, self.experiment)
         scores = self.scorer.score(candidates)
-        losses = list(self._losses())
-        for r, journal in enumerate(self.journals):
-            self._check_finite(r, scores[r]["live"])
-            moment = Moment.of(run, losses[r], self.clock.read())
+        for r, found in enumerate(scores):
+            self._check_finite(r, found)
+        if not candidates:  # those asked for begin later
+            return {}
+        for r, (journal, losses) in enumerate(zip(self.journals, self._losses(), strict=True)):
+            moment = Moment.of(run, losses, self.clock.read())
             journal.add(moment, candidates, scores[r], lambda k, r=r: self.scorer.weights(k, r))  # type: ignore[misc]
         return {}
 
@@ -232,12 +235,16 @@ class _Stacked:
             named = {f"term/{k.removeprefix(start)}": v for k, v in terms.items()}
             yield {"total": total, **risks, **named}
 
-    def _check_finite(self, r: int, scores: Found) -> None:
+    def _check_finite(self, r: int, scores: Mapping[str, Found]) -> None:
         """By validation data alone: what the held-out domain gives decides nothing."""
-        out = [score.loss for k, score in scores.items() if k.rpartition("/")[0] in self.domains[r]]
-        if not all(map(math.isfinite, out)):
+        if "live" in scores:
+            what, mine = "validation loss", self.domains[r]
+            found = [s.loss for k, s in scores["live"].items() if k.rpartition("/")[0] in mine]
+        else:
+            what, found = "norm", [norm_of(part(self.run.live, r))]
+        if not all(map(math.isfinite, found)):
             raise NonFiniteLossError(
-                f"step {self.run.t}: the validation loss of the live weights is not finite "
+                f"step {self.run.t}: the {what} of the live weights is not finite "
                 f"({self.labels[r]}); try a lower optimizer.lr or a smaller weight"
             )
 

@@ -97,6 +97,8 @@ def _no_plugin(group: str, name: str, there: Sequence[str]) -> UserError:
 
 def _wrong_type(error: ValidationError) -> UserError:
     found = re.match(r"Value '(.*?)' .*could not be converted to (\w+)", _first_line(error))
+    if "is not a ListConfig" in _first_line(error):
+        return UserError(f"{error.full_key} must be a list: write {error.full_key}=[...]")
     if found is None or found[2] not in TYPES:
         return UserError(f"{error.full_key}: {_first_line(error)}")
     return UserError(f"{error.full_key}={found[1]} must be {words(TYPES[found[2]])}")

@@ -68,6 +68,7 @@ class Settings:
     threads: int | None = REQUIRED
     stack: int = REQUIRED
     evaluate: str = REQUIRED
+    candidates: list[str] | None = REQUIRED
     eval_batch_size: int = REQUIRED
     also_batchnorm: list[str] = REQUIRED
     logger: str | None = REQUIRED

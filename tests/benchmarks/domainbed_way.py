@@ -177,7 +177,7 @@ def show(title, times, factor=1, images=None):
         rate = f"  {images / middle:7.0f} images/s" if images else ""
         spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
         cheaper = f"{statistics.median(ratios):6.2f} times cheaper {spread}"
-        print(f"  {name:42} {middle:9.4f} s{rate}  {cheaper}")
+        print(f"  {name:62} {middle:9.4f} s{rate}  {cheaper}")
 
 
 def step(rounds):
@@ -226,14 +226,20 @@ def fold(rounds):
     cost = CNN
     works, eight = {}, {}
     for precision in ("fp32", "bf16"):
-        for evaluate, scoring in (("selection", None), ("picked", None), ("picked", "bf16")):
-            if scoring == precision:
-                continue
-            more = {"evaluate": evaluate, "scoring": scoring, "seeds": [0], "holdout": ["0"]}
-            name = f"dgavg {precision} evaluate={evaluate}" + (" scoring=bf16" if scoring else "")
-            works[name] = ours(ONE, dataset, "cnn", precision, cost, **more)
-            more |= {"trainer.sma.start": 0.02, "protocol.name": "eight"}
-            eight[name] = ours(EIGHT, dataset, "cnn", precision, cost, **more)
+        name = f"dgavg {precision}"
+        more = {"seeds": [0], "holdout": ["0"]}
+        late = {"trainer.sma.start": 0.02, "protocol.name": "eight"}
+        ways = [{}, {"evaluate": "picked"}]
+        if precision == "fp32":
+            ways.append({"evaluate": "picked", "scoring": "bf16"})
+        for way in ways:
+            label = " ".join([name, *(f"{k}={v}" for k, v in way.items())])
+            works[label] = ours(ONE, dataset, "cnn", precision, cost, **more, **way)
+            eight[label] = ours(EIGHT, dataset, "cnn", precision, cost, **more, **late, **way)
+        for way in ways[1:]:  # as DomainBed's way, one set of weights
+            label = " ".join([name, *(f"{k}={v}" for k, v in way.items()), "candidates=[ema]"])
+            alone = {**more, **way, "candidates": ["ema"]}
+            works[label] = ours(ONE, dataset, "cnn", precision, cost, **alone)
     every = {**works, **{f"8 {k}": v for k, v in eight.items()}}
     times = measured(their_fold, every, rounds)
     single = {k: v for k, v in times.items() if not k.startswith("8 ")}

@@ -85,9 +85,9 @@ class AutoLR(Trainer):
             "trainer.autolr.drops",
         )
 
-    def needs_validation(self) -> bool:
-        """Only where it watches."""
-        return self.drops is None
+    def decides_by(self) -> list[str]:
+        """What it watches, if it does."""
+        return [self.candidate] if self.drops is None else []
 
     def lr(self, run: Run) -> float:
         """The inner learning rate, dropped as often as was decided."""
