@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dgavg.allocator import keep_memory
 from dgavg.benchmark.experiment import Experiment, Fold, run_label
@@ -138,7 +141,8 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
     stacked = unit.stacked
     if stacked:
         watcher.start(f"{len(unit.members)} runs", at_once=len(unit.members))
-        run_stack(unit.experiment, unit.members, watcher)
+        with memory_explained(unit.experiment):
+            run_stack(unit.experiment, unit.members, watcher)
     for (fold, seed), folder in zip(unit.members, unit.folders, strict=True):
         label = run_label(fold, seed)
         if stacked:
@@ -146,4 +150,24 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
             yield fold, seed, read_records(folder / "records.jsonl")
         else:
             watcher.start(label)
-            yield fold, seed, run_fold(unit.experiment, fold, seed, watcher)
+            with memory_explained(unit.experiment):
+                records = run_fold(unit.experiment, fold, seed, watcher)
+            yield fold, seed, records
+
+
+@contextmanager
+def memory_explained(experiment: Experiment) -> Iterator[None]:
+    """Raise `UserError` where the device has not the memory for a run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        sizes = {
+            "stack": experiment.stack,
+            "protocol.batch_size": experiment.protocol["batch_size"],
+            "eval_batch_size": experiment.eval_batch_size,
+        }
+        lower = ", ".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
+        raise UserError(
+            f"{experiment.device} has too little memory for this: write precision=bf16, or lower "
+            f"one of {lower} (the last counts where batch norm is recalibrated)"
+        ) from None

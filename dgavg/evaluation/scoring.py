@@ -23,6 +23,7 @@ from dgavg.data.domains import as_floats
 from dgavg.data.stream import ahead
 from dgavg.distributed import rank, ranks
 from dgavg.errors import require
+from dgavg.evaluation.memory import Fitting
 from dgavg.evaluation.split import Split as Split
 from dgavg.evaluation.split import joined
 from dgavg.trainer import POLICIES, Candidate, Weights
@@ -56,8 +57,9 @@ class Scorer:
     training. `pooled()` yields the un-augmented training images, in batches that mix all training
     domains, for candidates whose batch norm is recalibrated; they all share one pass over it.
     Probes are not scored on the splits named in `held_out`. Random numbers are neither drawn nor
-    seeded. Of several processes each scores its share of the batches, `pooled` gives each its
-    share of images, and all get the same scores.
+    seeded. Batches that the device has not the memory for are scored in parts. Of several processes
+    each scores its share of the batches, `pooled` gives each its share of images, and all get the
+    same scores.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Scorer:
     ) -> None:
         self.model, self.splits, self.pooled = model, splits, pooled
         self.batch_size, self.forward, self.held_out = batch_size, forward, held_out
+        self._fitting = Fitting(forward)
         self._pool: list[nn.Module] = []  # twins made so far, to be lent again
         self._twins: dict[str, list[nn.Module]] = {}
         self._kept: dict[str, _Kept] = {}
@@ -184,8 +187,8 @@ class Scorer:
     def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:
         """The logits of one model, or the logarithms of the mean probabilities of several."""
         if len(members) == 1:
-            return self.forward(members[0], images)
-        found = torch.stack([self.forward(m, images).log_softmax(dim=1) for m in members])
+            return self._fitting(members[0], images)
+        found = torch.stack([self._fitting(m, images).log_softmax(dim=1) for m in members])
         return found.logsumexp(dim=0) - math.log(len(members))
 
     def _batches(self, plans: list[Plan]) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:
