@@ -47,6 +47,12 @@ def test_a_probe_is_scored_for_its_link_alone(train, only_run, records_of, weigh
     assert list(table.to_frame()["candidate"]) == ["live", "pair", "selected"]
 
 
+def test_a_probe_has_its_own_policy_alone(train):
+    SEEN.clear()
+    train("prober_basic", also_batchnorm=["keep"])
+    assert [list(scores) for scores in SEEN] == [["live", "nothing", "pair", "pair@keep"]] * 3
+
+
 def test_a_run_with_a_probe_resumes(train, only_run, content_of):
     _, whole = train("prober_basic", folder="whole")
     _, again = train("prober_basic", folder="again")

@@ -75,6 +75,12 @@ def test_what_decides_is_scored_too(train, only_run, records_of):
     assert list(found["candidates"]) == ["live"]
 
 
+def test_they_are_other_runs(train):
+    for names in (None, ["ema"], ["ema", "live"]):
+        _, runs = train(candidates=names)
+    assert len(runs_of(runs)) == 3
+
+
 @pytest.mark.parametrize("stack", [1, 2])
 def test_no_record_before_they_begin(train, records_of, stack):
     settings = {"trainer__sma__start": 10, "stack": stack, "seeds": [0, 1]}
