@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgavg.buckets import mean_gradients
 from dgavg.distributed import ranks
 from dgavg.errors import UserError
 from dgavg.gather import mean
@@ -62,19 +62,26 @@ class Update:
         `create_graph` gives gradients that can be differentiated again.
         """
         wanted = [p for p in self.parameters if p.requires_grad]
-        found = torch.autograd.grad(
-            loss if self.scale is None else loss * self.scale,
-            wanted,
-            retain_graph=retain or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        scaled = loss if self.scale is None else loss * self.scale
+        found: Sequence[Tensor | None]
+        if ranks() > 1 and not create_graph:
+            found = mean_gradients(scaled, wanted, retain=retain)
+        else:
+            found = torch.autograd.grad(
+                scaled,
+                wanted,
+                retain_graph=retain or create_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         there = {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
         plain = list(there.values())
         if self.scale is not None and plain:
             # new tensors: two gradients may be one, or one small tensor seen as a large one
             plain = list(torch._foreach_div(plain, self.scale))
-        there = dict(zip(there, averaged(plain), strict=True))
+        if create_graph:
+            plain = averaged(plain)
+        there = dict(zip(there, plain, strict=True))
         return [there.get(p) for p in self.parameters]
 
     def step(self) -> None:
@@ -123,7 +130,7 @@ class Update:
 
 
 def averaged(tensors: list[Tensor]) -> list[Tensor]:
-    """The means over all processes, as new tensors: one message a dtype and device.
+    """The means over all processes, with their slopes: one message a dtype and device.
 
     Where one process trains alone, the tensors themselves.
     """
@@ -134,12 +141,7 @@ def averaged(tensors: list[Tensor]) -> list[Tensor]:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
     means = list(tensors)
     for same in kinds.values():
-        flat = torch.cat([tensors[i].flatten() for i in same])
-        if flat.requires_grad:
-            flat = mean(flat)
-        else:  # in place: all gradients of a model are much memory to touch
-            dist.all_reduce(flat)
-            flat /= ranks()
+        flat = mean(torch.cat([tensors[i].flatten() for i in same]))
         parts = torch.split(flat, [tensors[i].numel() for i in same])
         for i, part in zip(same, parts, strict=True):
             means[i] = part.view(tensors[i].shape)
