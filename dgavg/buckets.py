@@ -1,8 +1,8 @@
 """Buckets: gradients that go to all processes while the backward pass still takes others.
 
 The pass gives those of the last layers first. As soon as a bucket of them is whole it is sent, in
-one message, as torch's `DistributedDataParallel` does (Li et al. 2020, arXiv 2006.15704). The hooks
-that see to it live for one pass and need no `.grad`.
+one message, as in torch's `DistributedDataParallel` (Li et al. 2020, arXiv 2006.15704). The hooks
+that see to it live for one pass, and work for gradients that never go to `.grad`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def mean_gradients(
     New tensors, laid out in memory as their parameters are. All processes must reach the same
     parameters. `retain` keeps the graph for another call.
 
-    Buckets leave in the order of `split`, whichever is whole first, so all processes send the same
-    things in the same order: their graphs are alike, and autograd walks like graphs alike. A bucket
-    that lacks a gradient waits for the end of the pass, and with it all after it.
+    Buckets leave in the order of `split`, whichever is whole first. The graphs being alike, all
+    processes walk them alike, so messages of the pass itself (`dgavg.gather`) stand at the same
+    place among the buckets everywhere. A bucket that lacks a gradient waits for the end of the
+    pass, and with it all after it.
     """
     buckets = [Bucket(some) for some in split(parameters)]
     waiting = deque(buckets)

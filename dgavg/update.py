@@ -24,9 +24,9 @@ class Update:
     and gradients divided at once, so no link ever sees a scaled one. An update with a gradient that
     is not finite is skipped, and the scale halved; it doubles after 2,000 updates without one
     (Micikevicius et al. 2018, arXiv 1710.03740). Where several processes train together
-    (`torch.distributed`), each gradient is the mean of theirs; the model needs no wrapper, and all
-    processes must reach the same parameters. `clip` is the largest norm that all gradients of an
-    update may have together.
+    (`torch.distributed`), each gradient is the mean of theirs, sent during the backward pass
+    (`dgavg.buckets`); the model needs no wrapper, and all processes must reach the same parameters.
+    `clip` is the largest norm that all gradients of an update may have together.
     """
 
     def __init__(

@@ -169,11 +169,10 @@ def test_a_scaled_loss_gives_gradients_in_plain_units(ranks):
 
 def test_a_bucket_ends_with_the_parameter_that_fills_it_and_with_its_kind(monkeypatch):
     monkeypatch.setattr(buckets, "SIZE", 32)
-    sizes = [1, 9, 2, 6, 3]
-    parameters = [nn.Parameter(torch.zeros(n)) for n in sizes]
-    parameters[1] = nn.Parameter(torch.zeros(9, dtype=torch.float64))
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 1, 9, 2, 6, 3)]
+    parameters[2] = nn.Parameter(torch.zeros(9, dtype=torch.float64))
     found = [[p.numel() for p in part] for part in split(parameters)]
-    assert found == [[3, 6], [2], [9], [1]]
+    assert found == [[3, 6], [2], [9], [1, 4]]
 
 
 if __name__ == "__main__":
