@@ -3,8 +3,8 @@
 `torchrun` starts the processes and says in the environment who each of them is. The model is in no
 wrapper: torch's `DistributedDataParallel` averages gradients in hooks of `.backward()`, so those
 that a link takes by `torch.autograd.grad` (MLDG, Fish, AND-mask) would silently stay one process's.
-`dgavg.update` averages them, all in one message, and `dgavg.gather` makes losses those of the whole
-batch.
+`dgavg.buckets` averages them, whichever call takes them, and `dgavg.gather` makes losses those of
+the whole batch.
 """
 
 from __future__ import annotations

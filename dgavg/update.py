@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgavg.buckets import mean_gradients
 from dgavg.distributed import ranks
 from dgavg.errors import UserError
 from dgavg.gather import mean
@@ -24,9 +24,9 @@ class Update:
     and gradients divided at once, so no link ever sees a scaled one. An update with a gradient that
     is not finite is skipped, and the scale halved; it doubles after 2,000 updates without one
     (Micikevicius et al. 2018, arXiv 1710.03740). Where several processes train together
-    (`torch.distributed`), each gradient is the mean of theirs; the model needs no wrapper, and all
-    processes must reach the same parameters. `clip` is the largest norm that all gradients of an
-    update may have together.
+    (`torch.distributed`), each gradient is the mean of theirs, sent during the backward pass
+    (`dgavg.buckets`); the model needs no wrapper, and all processes must reach the same parameters.
+    `clip` is the largest norm that all gradients of an update may have together.
     """
 
     def __init__(
@@ -62,19 +62,26 @@ class Update:
         `create_graph` gives gradients that can be differentiated again.
         """
         wanted = [p for p in self.parameters if p.requires_grad]
-        found = torch.autograd.grad(
-            loss if self.scale is None else loss * self.scale,
-            wanted,
-            retain_graph=retain or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        scaled = loss if self.scale is None else loss * self.scale
+        found: Sequence[Tensor | None]
+        if ranks() > 1 and not create_graph:
+            found = mean_gradients(scaled, wanted, retain=retain)
+        else:
+            found = torch.autograd.grad(
+                scaled,
+                wanted,
+                retain_graph=retain or create_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         there = {p: g for p, g in zip(wanted, found, strict=True) if g is not None}
         plain = list(there.values())
         if self.scale is not None and plain:
             # new tensors: two gradients may be one, or one small tensor seen as a large one
             plain = list(torch._foreach_div(plain, self.scale))
-        there = dict(zip(there, averaged(plain), strict=True))
+        if create_graph:
+            plain = averaged(plain)
+        there = dict(zip(there, plain, strict=True))
         return [there.get(p) for p in self.parameters]
 
     def step(self) -> None:
@@ -123,7 +130,7 @@ class Update:
 
 
 def averaged(tensors: list[Tensor]) -> list[Tensor]:
-    """The means over all processes, as new tensors: one message a dtype and device.
+    """The means over all processes, with their slopes: one message a dtype and device.
 
     Where one process trains alone, the tensors themselves.
     """
@@ -134,12 +141,7 @@ def averaged(tensors: list[Tensor]) -> list[Tensor]:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
     means = list(tensors)
     for same in kinds.values():
-        flat = torch.cat([tensors[i].flatten() for i in same])
-        if flat.requires_grad:
-            flat = mean(flat)
-        else:  # in place: all gradients of a model are much memory to touch
-            dist.all_reduce(flat)
-            flat /= ranks()
+        flat = mean(torch.cat([tensors[i].flatten() for i in same]))
         parts = torch.split(flat, [tensors[i].numel() for i in same])
         for i, part in zip(same, parts, strict=True):
             means[i] = part.view(tensors[i].shape)

@@ -10,13 +10,17 @@ from datetime import timedelta
 import torch
 from torch import nn
 
-from dgavg import Batch
+from dgavg import Batch, buckets
 from dgavg.models import Model
 from dgavg.testing import ToyBatches
 
 
 def join(rank, folder):
-    """Make this process one of two; each waits for the other at most 100 s."""
+    """Make this process one of two; each waits for the other at most 100 s.
+
+    Buckets of gradients are as small as the models, so that there are several.
+    """
+    buckets.SIZE = 64
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",

@@ -2,7 +2,7 @@
 
 Two gloo processes of one thread each on this machine; ResNet-18, random images of 64×64, 3 domains,
 SGD. In every round each takes one step, in turn, so both see the same machine: `basic` of dgavg
-(outputs gathered, one message of gradients, statistics averaged, losses noted, taps), a plain loop
+(outputs gathered, gradients in buckets, statistics averaged, losses noted, taps), a plain loop
 around the wrapper, and a plain loop on one process's rows without any message. Wall time, medians
 over rounds; a step begins when both processes are there.
 
