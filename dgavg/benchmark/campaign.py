@@ -138,7 +138,8 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
     stacked = unit.stacked
     if stacked:
         watcher.start(f"{len(unit.members)} runs", at_once=len(unit.members))
-        run_stack(unit.experiment, unit.members, watcher)
+        note = watcher.note if watcher.done == 0 else lambda text: None  # once
+        run_stack(unit.experiment, unit.members, watcher, note)
     for (fold, seed), folder in zip(unit.members, unit.folders, strict=True):
         label = run_label(fold, seed)
         if stacked:

@@ -86,6 +86,11 @@ def left_out(fold: Fold) -> dict[str, str]:
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
 
 
+def held_out_splits(fold: Fold) -> frozenset[str]:
+    """The splits of the domains that a fold leaves out."""
+    return frozenset(f"{name}/{part}" for name in fold for part in ("in", "out"))
+
+
 def described(dataset: DomainDataset) -> dict[str, Any]:
     """What whoever uses the weights of a run must know of the data they were trained on."""
     return {
@@ -111,8 +116,12 @@ class Clock:
 
 def threads_for(model: nn.Module) -> int:
     """Threads for a model on a CPU: small matrix products lose more to threads than they gain."""
-    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-    return THREADS if convolutional else 1
+    return THREADS if is_convolutional(model) else 1
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether there is a convolution in it."""
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
 
 
 def _initial_model(experiment: Experiment, domains: int) -> Model:
@@ -249,7 +258,7 @@ class _Fold:
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
             forward=scored_by(experiment),
-            held_out=frozenset(f"{name}/{part}" for name in fold for part in ("in", "out")),
+            held_out=held_out_splits(fold),
         )
         self.clock = Clock()
         self.events: EventFiles | None = None
