@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,7 @@ from dgavg.data.stacked import StackedBatches
 from dgavg.models import build_model
 
 FOLDS = [(0, 0), (1, 0), (2, 5)]  # held out, seed
-SHAPES = {"mlp": (1, 2, 3), "cnn": (1, 6, 6), "resnet18": (3, 32, 32)}
+SHAPES = {"mlp": (1, 2, 3), "cnn": (1, 6, 6), "resnet18": (3, 16, 16)}
 MODELS = {"mlp": {"width": 8}, "cnn": {"batchnorm": True}, "resnet18": {}}
 SETTINGS = {
     "sma": {"start": 2},
@@ -61,8 +62,21 @@ def side_by_side(dataset, made):
     return StackedBatches(dataset, [b for b, _ in made], ["p", "q", "r"], torch.device("cpu"))
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+class Doubled:
+    """Batches in float64, which says whether a difference is rounding."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.names, self.classes = batches.names, batches.classes
+        self.epoch_length = batches.epoch_length
+
+    def __call__(self, t):
+        batch = self.batches(t)
+        return replace(batch, x=batch.x.double())
+
+
+def sgd(parameters, lr=0.1):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
 
 def links(name):
@@ -89,7 +103,7 @@ def settings(tmp_path, *words, network="mlp"):
     ]
     if network == "mlp":
         return experiments(plain(compose([*given, *words])))[0]
-    given += [f"model={network}", "optimizer.lr=0.001", "holdout=[a,c]", "eval_batch_size=16"]
+    given += [f"model={network}", "optimizer.lr=0.0001", "holdout=[a,c]", "eval_batch_size=16"]
     given += [f"model.{key}={value}" for key, value in MODELS[network].items()]
     return experiments(plain(compose([*given, *words])), dataset=toy(network))[0]
 
