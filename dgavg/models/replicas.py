@@ -32,7 +32,7 @@ class Replicas(nn.Module):
         """(R·N, ...) of (R·N, ...)."""
         tensors = dict(self.stacked.named_parameters()), dict(self.stacked.named_buffers())
         rows = x.reshape(self.count, -1, *x.shape[1:])
-        with _Wide():
+        with _Rules(x.device.type):
             out: Tensor = torch.vmap(self._one)(tensors, rows)
         return out.flatten(0, 1)
 
@@ -56,24 +56,36 @@ def _side_by_side(modules: Sequence[nn.Module]) -> nn.Module:
     return found
 
 
-class _Wide(TorchFunctionMode):
-    """Under vmap, calls that `WIDE` knows are made once for all models, not by the rules of vmap.
+class _Rules(TorchFunctionMode):
+    """Calls that torch's own rules for vmap take apart too far.
 
-    Those take a call apart below autocast, which then casts nothing, and scale and shift what a
-    norm gives in passes of their own.
+    The parts of a product stand below autocast, which then casts nothing; norms are scaled and
+    shifted in passes of their own, which on bfloat16 fails.
     """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        on = torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if on else None
 
     def __torch_function__(
         self,
         func: Callable[..., Any],
         types: Any,
-        args: tuple[Any, ...] = (),
+        args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in WIDE:
-            call, tensors = WIDE[func](*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in NORMS:
+            call, tensors = NORMS[func](*args, **kwargs)
             return _Call.apply(call, *tensors)
-        return func(*args, **(kwargs or {}))
+        if self.dtype is not None and func in PRODUCTS:
+            args = [self._cast(value) for value in args]
+            kwargs = {key: self._cast(value) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) else value
 
 
 class _Call(torch.autograd.Function):
@@ -111,24 +123,6 @@ class _Call(torch.autograd.Function):
 Bound = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
-def _convolution(function: Callable[..., Tensor]) -> Callable[..., Bound]:
-    def bound(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Bound:
-        def call(count: int, *tensors: Tensor | None) -> Tensor:
-            return function(*tensors, stride, padding, dilation, groups * count)
-
-        return call, (x, weight, bias)
-
-    return bound
-
-
 def _group_norm(
     x: Tensor,
     num_groups: int,
@@ -157,8 +151,12 @@ def _batch_norm(
     return call, (x, running_mean, running_var, weight, bias)
 
 
-WIDE: dict[Callable[..., Any], Callable[..., Bound]] = {
-    **{function: _convolution(function) for function in (torch.conv1d, torch.conv2d, torch.conv3d)},
-    F.group_norm: _group_norm,
+NORMS: dict[Callable[..., Any], Callable[..., Bound]] = {
     F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+}
+PRODUCTS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+    F.linear,
 }
