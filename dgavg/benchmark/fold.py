@@ -86,11 +86,6 @@ def left_out(fold: Fold) -> dict[str, str]:
     return dict(zip(("held_out", "held_out_with"), fold, strict=False))
 
 
-def held_out_splits(fold: Fold) -> frozenset[str]:
-    """The splits of the domains that a fold leaves out."""
-    return frozenset(f"{name}/{part}" for name in fold for part in ("in", "out"))
-
-
 def described(dataset: DomainDataset) -> dict[str, Any]:
     """What whoever uses the weights of a run must know of the data they were trained on."""
     return {
@@ -258,7 +253,7 @@ class _Fold:
             lambda: self.batches.pooled(experiment.eval_batch_size),
             batch_size=experiment.eval_batch_size,
             forward=scored_by(experiment),
-            held_out=held_out_splits(fold),
+            held_out=frozenset(f"{name}/{part}" for name in fold for part in ("in", "out")),
         )
         self.clock = Clock()
         self.events: EventFiles | None = None

@@ -21,7 +21,6 @@ from dgavg.benchmark.fold import (
     Start,
     Watch,
     by_policies,
-    held_out_splits,
     is_convolutional,
     left_out,
     scored_by,
@@ -170,11 +169,8 @@ class _Stacked:
                     lambda batches=batches: map(pool.images, batches),  # type: ignore[misc]
                     batch_size=size,
                     forward=forward,
-                    held_out=held_out_splits(fold),
                 )
-                for start, own, batches, (fold, _) in zip(
-                    starts, splits, pooled, self.members, strict=True
-                )
+                for start, own, batches in zip(starts, splits, pooled, strict=True)
             ]
         )
 

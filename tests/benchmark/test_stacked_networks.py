@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from stacked_runs import settings, toy
+from torch import nn
 
-from dgavg import leave_one_domain_out
+from dgavg import UserError, leave_one_domain_out
 from dgavg.benchmark.campaign import run_experiments
 from dgavg.benchmark.stacked import SLOW
+from dgavg.models import Model
 
 
 def table(runs, stack, **more):
@@ -57,6 +61,21 @@ def test_resnets_leave_one_domain_out_on_a_gpu(tmp_path, precision):
         for stack in (1, 2)
     )
     compare(together, alone, near={"fp32": 0.02, "bf16": 0.1}[precision])
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) + torch.rand_like(x.flatten(1))
+
+
+def noisy(shape, classes):
+    return Model(Noisy(), nn.Linear(prod(shape), classes))
+
+
+def test_what_can_not_be_run_for_several_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"several at once \(.*random.*\): write stack=1"):
+        leave_one_domain_out("basic", toy("cnn"), model=noisy, runs=tmp_path, settings={"stack": 2})
+    assert not list(tmp_path.rglob("config.yaml"))
 
 
 def told(tmp_path, network, *words):

@@ -29,6 +29,7 @@ class Odd(nn.Module):
         self.along = nn.Conv1d(8, 8, 3)
         self.groups = nn.GroupNorm(num_groups=4, num_channels=16)
         self.gate = nn.Linear(16, 16)
+        self.mix = nn.Parameter(torch.ones(8, 16, 1, 1))
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("seen", torch.zeros(()))
 
@@ -40,12 +41,16 @@ class Odd(nn.Module):
         x = torch.cat([x, self.forgetful(x).square()], dim=1)
         x = self.groups(self.bare(x))
         x = x * self.gate(x.mean((2, 3)))[:, :, None, None].sigmoid()
-        x = F.conv2d(x, weight=x.new_ones(8, 16, 1, 1)) + F.adaptive_max_pool2d(x, 1)[:, :8]
+        x = F.conv2d(x, weight=self.mix) + F.adaptive_max_pool2d(x, 1)[:, :8]
         return self.along(x.flatten(2)).mean(2)
 
 
 def odd():
     return Model(Odd(), nn.Linear(8, 5))
+
+
+def flat(*layers):
+    return Model(nn.Sequential(nn.Flatten(), *layers), nn.Linear(8, 5))
 
 
 def cnn(**settings):
@@ -58,6 +63,7 @@ BUILDERS = {
     "cnn with batch norm": lambda: cnn(batchnorm=True),
     "resnet18": lambda: build_model("resnet18", SHAPE, 5),
     "mobile": lambda: build_model("timm", SHAPE, 5, backbone="mobilenetv3_small_050"),
+    "bare mlp": lambda: flat(nn.Linear(192, 8), nn.BatchNorm1d(8, affine=False)),
     "rows": lambda: Model(nn.Sequential(nn.Linear(8, 4), nn.Flatten()), nn.Linear(96, 5)),
 }
 
@@ -123,17 +129,18 @@ def test_no_model_depends_on_the_data_of_another(name):
     assert not part(before, 1)["classifier.weight"].equal(part(after, 1)["classifier.weight"])
 
 
-def test_precision_is_that_of_a_model_alone():
+@pytest.mark.parametrize("name", ["odd", "cnn", "cnn with batch norm"])
+def test_precision_is_that_of_a_model_alone(name):
     """Products and norms in bfloat16, as autocast has them."""
     x, y = images(torch.float32)
-    each = models(BUILDERS["cnn with batch norm"])
+    each = models(BUILDERS[name])
     stack = Stack(each)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = stack.featurizer(x.flatten(0, 1))
         loss = F.cross_entropy(stack.classifier(features).float(), y.flatten())
         alone = torch.cat([model.featurizer(x[r]) for r, model in enumerate(each)])
     assert features.dtype == alone.dtype == torch.bfloat16
-    torch.testing.assert_close(features, alone, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(features, alone, rtol=0.05, atol=0.05)
     loss.backward()
     assert {p.grad.dtype for p in stack.parameters()} == {torch.float32}
 
@@ -254,11 +261,11 @@ def test_memory_that_runs_out_is_no_mistake_of_the_user(monkeypatch):
 def test_a_layer_of_no_model_is_run_as_it_is():
     """Tensors that forward code makes itself have no axis of models."""
     x, _ = images()
+    fixed = torch.arange(32.0, dtype=torch.float64).view(2, 8, 2)
 
     class Fixed(nn.Module):
         def forward(self, x):
-            bank = F.conv2d(torch.ones(2, 3, 4, 4), torch.ones(4, 3, 1, 1)).double()
-            return x.flatten(1)[:, :8] + bank.mean()
+            return x.flatten(1)[:, :2] + F.group_norm(fixed, 2)[1, 2]
 
     found = Replicas([Fixed(), Fixed(), Fixed()])(x.flatten(0, 1))
-    assert found.equal(x.flatten(0, 1).flatten(1)[:, :8] + 3)
+    assert found.equal(x.flatten(0, 1).flatten(1)[:, :2] + F.group_norm(fixed, 2)[1, 2])
