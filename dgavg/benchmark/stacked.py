@@ -50,8 +50,8 @@ from dgavg.trainer import Scores
 Member = tuple[Fold, int]
 PAUSE = 10.0  # seconds between two checkpoints: small runs evaluate many times a second
 SLOW = (
-    "convolutions are not faster side by side on a CPU: stack=1 trains these runs one by one, "
-    "-m hydra/launcher=joblib several at once, each in a process of its own"
+    "convolutions are not faster side by side on a CPU: write stack=1, with "
+    "-m hydra/launcher=joblib for one process a core"
 )
 
 

@@ -46,22 +46,24 @@ class StackedBatches:
         self._d = torch.arange(domains, device=device).repeat_interleave(rows)
         self._weights = torch.full((domains,), 1 / first.domains, device=device)
         self._places = [part.places for part in parts]
-        self._block, self._rows = -1, torch.empty(0)
+        self._block, self._keys, self._rows = -1, torch.empty(0), torch.empty(0)
 
     def __call__(self, t: int) -> Batch:
         """Batch t ≥ 0: x float32 (R · domains · batch_size, C, H, W), y and d int64."""
         block, step = divmod(t, BLOCK)
         if block != self._block:
             rows = [p[part.rows(block)] for p, part in zip(self._places, self.parts, strict=True)]
-            self._rows, self._block = torch.cat(rows, dim=1).to(self.device), block
-        rows_now = self._rows[step]
-        images = self.pool.take(rows_now)
+            self._keys, self._block = torch.cat(rows, dim=1), block
+            self._rows = self._keys.to(self.device)
+            if self.pool.kept.resident:  # else rows are looked up on the CPU
+                self._keys = self._rows
+        images = self.pool.take(self._keys[step])
         if self.parts[0].augments:
             each = zip(self.parts, images.chunk(len(self.parts)), strict=True)
             x = torch.cat([part.pixels(own, t) for part, own in each])
         else:
             x = as_floats(images)
-        y = self.pool.labels.index_select(0, rows_now)
+        y = self.pool.labels.index_select(0, self._rows[step])
         return Batch(x, y, self._d, len(self.names), self._weights)
 
 

@@ -17,8 +17,8 @@ from dgavg.trainer import Candidate, Weights
 class ReplicaScorer:
     """Scores candidates of a `Stack`, each model of it by a `Scorer` of its own.
 
-    Batches to score are as large as the device takes at once, so to score several models in one
-    pass would save nothing.
+    Batches to score are large, so to score several models in one pass would save few calls, and
+    take the memory of all.
     """
 
     def __init__(self, scorers: Sequence[Scorer]) -> None:

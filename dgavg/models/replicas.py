@@ -109,14 +109,18 @@ class _Call(torch.autograd.Function):
         *others: Tensor | None,
     ) -> tuple[Tensor, int]:
         """The layer's output (N, R, C, ...), and which axis is R."""
-        _, dim, *dims = in_dims
-        assert dim is not None
+        count, (_, dim, *dims) = info.batch_size, in_dims
         merged = [
-            other.movedim(d, 0).flatten(0, 1) if other is not None and d is not None else other
+            None if other is None else _of_each(other, d, 0, count).flatten(0, 1)
             for other, d in zip(others, dims, strict=True)
         ]
-        out = call(info.batch_size, x.movedim(dim, 1).flatten(1, 2), *merged)
-        return torch.unflatten(out, 1, (info.batch_size, -1)), 1
+        out = call(count, _of_each(x, dim, 1, count).flatten(1, 2), *merged)
+        return torch.unflatten(out, 1, (count, -1)), 1
+
+
+def _of_each(tensor: Tensor, dim: int | None, to: int, count: int) -> Tensor:
+    """`tensor` with its axis of models, now `dim`, at `to`; what has none is all models'."""
+    return torch.stack([tensor] * count, to) if dim is None else tensor.movedim(dim, to)
 
 
 # What treats channels apart is, for all models side by side, one call for more channels.

@@ -241,7 +241,8 @@ def _check(module: nn.Module) -> None:
             (any(hooks), "has hooks"),
             (isinstance(layer, _DropoutNd) and layer.p > 0, "would draw other masks"),
         ):
-            require(not wrong, f"stack: {layer} {what}: write stack=1")
+            name = str(layer).partition("(\n")[0]  # of one with parts, without them
+            require(not wrong, f"stack: {name} {what}: write stack=1")
 
 
 def _stacked(parts: Sequence[nn.Module], *, flat: bool) -> nn.Module:

@@ -32,6 +32,7 @@ class Odd(nn.Module):
         self.mix = nn.Parameter(torch.ones(8, 16, 1, 1))
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("seen", torch.zeros(()))
+        self.constant = torch.linspace(-1, 1, 32).view(2, 16)
 
     def forward(self, x):
         if self.training:
@@ -40,6 +41,8 @@ class Odd(nn.Module):
         x = x + self.scale * F.relu_(self.norm(self.grouped(x)))
         x = torch.cat([x, self.forgetful(x).square()], dim=1)
         x = self.groups(self.bare(x))
+        x = F.group_norm(x, 2, weight=self.constant[0].to(x))
+        x = x + F.group_norm(self.constant.to(x), 2, self.groups.weight)[0, :, None, None]
         x = x * self.gate(x.mean((2, 3)))[:, :, None, None].sigmoid()
         x = F.conv2d(x, weight=self.mix) + F.adaptive_max_pool2d(x, 1)[:, :8]
         return self.along(x.flatten(2)).mean(2)
@@ -189,6 +192,12 @@ def hooked():
     return model
 
 
+def hooked_as_a_whole():
+    model = cnn()
+    model.featurizer.register_forward_pre_hook(lambda module, args: None)
+    return model
+
+
 def partly_frozen():
     model = cnn()
     model.featurizer[0].weight.requires_grad_(False)
@@ -204,6 +213,7 @@ def headed(featurizer):
     [
         (shared, "a layer is used twice"),
         (hooked, r"Conv2d\(3, 64.*\) has hooks"),
+        (hooked_as_a_whole, "Sequential has hooks"),
         (partly_frozen, r"Conv2d\(3, 64.*\) is frozen"),
         (lambda: build_model("resnet18", SHAPE, 5, freeze_bn=True), r"BatchNorm2d\(64.* is frozen"),
         (lambda: build_model("resnet18", SHAPE, 5, dropout=0.1), r"Dropout\(p=0\.1.* other masks"),
