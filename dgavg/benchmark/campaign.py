@@ -141,8 +141,9 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
     stacked = unit.stacked
     if stacked:
         watcher.start(f"{len(unit.members)} runs", at_once=len(unit.members))
+        note = watcher.note if watcher.done == 0 else lambda text: None  # once
         with memory_explained(unit.experiment):
-            run_stack(unit.experiment, unit.members, watcher)
+            run_stack(unit.experiment, unit.members, watcher, note)
     for (fold, seed), folder in zip(unit.members, unit.folders, strict=True):
         label = run_label(fold, seed)
         if stacked:

@@ -111,8 +111,12 @@ class Clock:
 
 def threads_for(model: nn.Module) -> int:
     """Threads for a model on a CPU: small matrix products lose more to threads than they gain."""
-    convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-    return THREADS if convolutional else 1
+    return THREADS if is_convolutional(model) else 1
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether there is a convolution in it."""
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
 
 
 def _initial_model(experiment: Experiment, domains: int) -> Model:

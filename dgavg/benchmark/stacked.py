@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from dgavg.benchmark.experiment import Experiment, Fold, run_label
 from dgavg.benchmark.files import load_checkpoint, save_checkpoint
 from dgavg.benchmark.fold import (
     Clock,
+    Start,
     Watch,
     candidates_of,
+    is_convolutional,
     left_out,
     norm_of,
     scored_by,
@@ -32,9 +34,11 @@ from dgavg.benchmark.folder import check_same, locked, require_same, write_confi
 from dgavg.benchmark.journal import Journal, Moment
 from dgavg.benchmark.scored import rows_to_score
 from dgavg.chain import renew
-from dgavg.data.stacked import StackedBatches
+from dgavg.data.stacked import Pool, StackedBatches
 from dgavg.disk import make_folder, write_text
 from dgavg.errors import UserError
+from dgavg.evaluation import Scorer
+from dgavg.evaluation.replicas import PoolSplit, ReplicaScorer
 from dgavg.evaluation.scoring import Found
 from dgavg.evaluation.stacked import StackedScorer
 from dgavg.fit import fit
@@ -46,6 +50,10 @@ from dgavg.trainer import Scores
 
 Member = tuple[Fold, int]
 PAUSE = 10.0  # seconds between two checkpoints: small runs evaluate many times a second
+SLOW = (
+    "convolutions are not faster side by side on a CPU: write stack=1, with "
+    "-m hydra/launcher=joblib for one process a core"
+)
 
 
 def stacks(experiment: Experiment) -> list[list[Member]]:
@@ -69,12 +77,16 @@ def stacks(experiment: Experiment) -> list[list[Member]]:
 
 
 def run_stack(
-    experiment: Experiment, members: Sequence[Member], watch: Watch = lambda run: None
+    experiment: Experiment,
+    members: Sequence[Member],
+    watch: Watch = lambda run: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Train `members` side by side, or go on where a killed process stopped, to their `done`s.
 
-    What is done already stays as it is. Raises `UserError` as `run_fold` does, and for models that
-    can't be stacked or whose epochs differ in length.
+    What is done already stays as it is. `note` is told where side by side is slow. Raises
+    `UserError` as `run_fold` does, and for models that can't be stacked or whose epochs differ in
+    length.
     """
     threads = torch.get_num_threads()
     try:
@@ -90,6 +102,8 @@ def run_stack(
             if left and left != list(members) and not one.checkpoint.exists():
                 one = _Stacked(experiment, left)
             if left:
+                if len(left) > 1 and _is_slow(one.run):
+                    note(SLOW)
                 one.train(watch)
             one.checkpoint.unlink(missing_ok=True)
     finally:
@@ -111,14 +125,12 @@ class _Stacked:
             )
         ]
         self.checkpoint = _folder(experiment) / f"{_digest(self.members)}.pt"
-        augments = experiment.protocol["augment"] != "none"
-        copies = None if augments else False  # one pool serves all where nothing is augmented
-        starts = [starting(experiment, *m, resident=copies) for m in members]
+        starts = [starting(experiment, *m, resident=False) for m in members]  # one pool serves all
         self._check_epochs([s.batches.epoch_length for s in starts])
         stack = Stack([s.model for s in starts])
         torch.set_num_threads(experiment.threads or threads_for(stack))
         stack.to(experiment.device).train()
-        protocol, batch_size = experiment.protocol, experiment.eval_batch_size
+        stack.try_out(experiment.dataset.input_shape)
         parts = [s.batches for s in starts]
         self.domains = [part.names for part in parts]
         batches = StackedBatches(experiment.dataset, parts, self.labels, experiment.device)
@@ -129,25 +141,39 @@ class _Stacked:
             **shared_options(experiment),
             evaluate=self._evaluate,
         )
-        self.scorer = StackedScorer(
-            stack,
-            [
-                rows_to_score(
-                    experiment.dataset,
-                    s.splits,
-                    s.held_out,
-                    protocol,
-                    every=experiment.evaluate == "all",
-                )
-                for s in starts
-            ],
-            [[p.places[rows.cpu()] for rows in p.pooled_rows(batch_size)] for p in parts],
-            batches.pool.images,
-            batches.pool.labels,
-            batch_size=batch_size,
-            forward=scored_by(experiment),
-        )
+        self.scorer = self._scorer(starts, stack, batches.pool)
         self.clock, self.saved = Clock(), time.perf_counter()
+
+    def _scorer(
+        self, starts: Sequence[Start], stack: Stack, pool: Pool
+    ) -> StackedScorer | ReplicaScorer:
+        experiment, size = self.experiment, self.experiment.eval_batch_size
+        every = experiment.evaluate == "all"
+        splits = [
+            rows_to_score(
+                experiment.dataset, s.splits, s.held_out, experiment.protocol, every=every
+            )
+            for s in starts
+        ]
+        pooled = [[s.batches.places[k.cpu()] for k in s.batches.pooled_rows(size)] for s in starts]
+        forward = scored_by(experiment)
+        if stack.layered:
+            return StackedScorer(
+                stack, splits, pooled, pool.images, pool.labels, batch_size=size, forward=forward
+            )
+        stack.lend([s.model for s in starts])
+        return ReplicaScorer(
+            [
+                Scorer(
+                    start.model,
+                    {name: PoolSplit(pool, rows) for name, rows in own.items()},
+                    lambda batches=batches: map(pool.images, batches),  # type: ignore[misc]
+                    batch_size=size,
+                    forward=forward,
+                )
+                for start, own, batches in zip(starts, splits, pooled, strict=True)
+            ]
+        )
 
     def _check_epochs(self, lengths: Sequence[int]) -> None:
         if len(set(lengths)) > 1:
@@ -247,6 +273,10 @@ class _Stacked:
                 f"step {self.run.t}: the {what} of the live weights is not finite "
                 f"({self.labels[r]}); try a lower optimizer.lr or a smaller weight"
             )
+
+
+def _is_slow(run: Run) -> bool:
+    return run.device.type == "cpu" and is_convolutional(run.model)
 
 
 def _folder(experiment: Experiment) -> Path:

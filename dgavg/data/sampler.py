@@ -122,13 +122,16 @@ class TrainingBatches:
             images = self._images.take(rows)
         else:
             images = self._images.send(self._ahead(t))
-        if self._augment is None:
-            x = as_floats(images)
-        else:
-            own = (rank(),) if rank() else ()
-            self._augment_rng.manual_seed(seed_hash("augment", self._seed, t, *own))
-            x = self._augment(images, self._augment_rng)
+        x = self.pixels(images, t)
         return Batch(x, self._labels.index_select(0, rows), self._d, self.domains)
+
+    def pixels(self, images: Tensor, t: int) -> Tensor:
+        """What training sees of the images of batch `t`: float32 in [0, 1], augmented."""
+        if self._augment is None:
+            return as_floats(images)
+        own = (rank(),) if rank() else ()
+        self._augment_rng.manual_seed(seed_hash("augment", self._seed, t, *own))
+        return self._augment(images, self._augment_rng)
 
     @property
     def augments(self) -> bool:

@@ -21,7 +21,8 @@ class StackedBatches:
     are those of each run. `labels` name the runs in the names of the domains. All must have the
     same number of domains and steps an epoch.
 
-    The images of all domains stand on the device once, whatever the number of runs.
+    The images of all domains stand on the device once, whatever the number of runs, or nowhere
+    there, if they don't fit.
     """
 
     def __init__(
@@ -45,20 +46,24 @@ class StackedBatches:
         self._d = torch.arange(domains, device=device).repeat_interleave(rows)
         self._weights = torch.full((domains,), 1 / first.domains, device=device)
         self._places = [part.places for part in parts]
-        self._block, self._rows = -1, torch.empty(0)
+        self._block, self._keys, self._rows = -1, torch.empty(0), torch.empty(0)
 
     def __call__(self, t: int) -> Batch:
         """Batch t ≥ 0: x float32 (R · domains · batch_size, C, H, W), y and d int64."""
         block, step = divmod(t, BLOCK)
         if block != self._block:
             rows = [p[part.rows(block)] for p, part in zip(self._places, self.parts, strict=True)]
-            self._rows, self._block = torch.cat(rows, dim=1).to(self.device), block
-        rows_now = self._rows[step]
+            self._keys, self._block = torch.cat(rows, dim=1), block
+            self._rows = self._keys.to(self.device)
+            if self.pool.kept.resident:  # else rows are looked up on the CPU
+                self._keys = self._rows
+        images = self.pool.take(self._keys[step])
         if self.parts[0].augments:
-            x = torch.cat([part(t).x for part in self.parts])
+            each = zip(self.parts, images.chunk(len(self.parts)), strict=True)
+            x = torch.cat([part.pixels(own, t) for part, own in each])
         else:
-            x = self.pool.images(rows_now)
-        y = self.pool.labels.index_select(0, rows_now)
+            x = as_floats(images)
+        y = self.pool.labels.index_select(0, self._rows[step])
         return Batch(x, y, self._d, len(self.names), self._weights)
 
 
@@ -67,9 +72,13 @@ class Pool:
 
     def __init__(self, dataset: DomainDataset, device: torch.device) -> None:
         every = [(d.images, torch.arange(len(d))) for d in dataset.domains]
-        self._images = Images(every, device, resident=True)
+        self.kept = Images(every, device)
         self.labels = torch.cat([d.labels for d in dataset.domains]).to(device)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The images at rows (n,), as they are kept."""
+        return self.kept.take(rows)
 
     def images(self, rows: Tensor) -> Tensor:
         """The images at rows (n,), float32 (n, C, H, W) in [0, 1]."""
-        return as_floats(self._images.take(rows))
+        return as_floats(self.take(rows))

@@ -19,7 +19,7 @@ Rows = Mapping[str, Tensor]  # of each split, the rows (n,) of the pool
 
 
 class StackedScorer:
-    """Scores candidates of a `Stack`, each model of it on splits of its own.
+    """Scores candidates of a `layered` `Stack`, each model of it on splits of its own.
 
     `images(rows)` and `labels` are those of a pool; `splits` has, of each model, the rows of each
     split; `pooled`, of each model, the rows of the batches that batch norm is recalibrated on.

@@ -36,11 +36,13 @@ class Normalize(nn.Module):
     """(x - mean) / std for each channel; x (N, C, H, W).
 
     The two buffers move with the model but stay out of its state dict, which holds only what is
-    learned: weight averages and saved files have nothing to do with constants.
+    learned: weight averages and saved files have nothing to do with constants. `channels_last` is
+    how images come out.
     """
 
     mean: Tensor
     std: Tensor
+    channels_last = True
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -49,7 +51,8 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images, the shape of x, channels last: a third faster through convolutions."""
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = (x - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def extra_repr(self) -> str:
         """Both constants, for the printout of a model."""

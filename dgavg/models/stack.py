@@ -10,9 +10,11 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dgavg.errors import UserError, require
 from dgavg.models.model import Model
+from dgavg.models.replicas import Replicas
 
 EACH = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Identity)
 
@@ -24,32 +26,58 @@ class Stack(nn.Module):
     features (R·N, F) and logits (R·N, classes). `state_dict` has the names of one model, each
     tensor with an axis of R in front. No model's output or gradient depends on another's.
 
-    Raises `UserError` for a model with a layer that has no stacked form; those that have: linear,
-    1-D batch norm, flatten, and what acts on each number alone. Dropout has none, for its masks
-    would depend on the neighbours, and neither has what is frozen, hooked or used twice.
+    Linear layers, 1-D batch norm, flatten and what acts on each number alone have stacked forms of
+    their own; a featurizer or classifier with anything else is run by `Replicas`.
+
+    Raises `UserError` for dropout, whose masks would depend on the neighbours, and for what is
+    frozen, hooked or used twice.
     """
 
     def __init__(self, models: Sequence[Model]) -> None:
         super().__init__()
-        for part in (models[0].featurizer, models[0].classifier):
-            layers = [m for _, m in part.named_modules(remove_duplicate=False) if not _parts(m)]
-            require(len(layers) == len(set(layers)), "stack: a layer is used twice: write stack=1")
+        _check(models[0])
         self.count = len(models)
-        self.featurizer = Rows(_stacked([m.featurizer for m in models]), self.count)
-        self.classifier = Rows(_stacked([m.classifier for m in models]), self.count)
-        first = next(iter(models[0].featurizer.modules()))
-        while _parts(first):
-            first = _parts(first)[0]
-        require(
-            isinstance(first, nn.Flatten),
-            f"stack: the model begins with {first}, not with nn.Flatten(): write stack=1",
-        )
+        self.featurizer = _stacked([m.featurizer for m in models], flat=False)
+        self.classifier = _stacked([m.classifier for m in models], flat=True)
         self.train(models[0].training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (R·N, classes) of inputs (R·N, ...)."""
         logits: Tensor = self.classifier(self.featurizer(x))
         return logits
+
+    @property
+    def layered(self) -> bool:
+        """Whether every layer has a stacked form of its own."""
+        return not any(isinstance(m, Replicas) for m in self.modules())
+
+    def lend(self, models: Sequence[Model]) -> None:
+        """Give each of `models` its tensors of this stack themselves, in the place of its own."""
+        mine, device = self.state_dict(), next(self.parameters()).device
+        for r, model in enumerate(models):
+            model.to(device).load_state_dict(part(mine, r), assign=True)
+
+    @torch.no_grad()
+    def try_out(self, shape: tuple[int, ...]) -> None:
+        """One pass on images of a shape (C, H, W), which leaves nothing behind.
+
+        Raises `UserError` for a model whose forward code can't be run for several models at once.
+        """
+        before = [buffer.clone() for buffer in self.buffers()]
+        device = next(self.parameters()).device
+        try:
+            self(torch.zeros(2 * self.count, *shape, device=device))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0].partition(". ")[0]
+            raise UserError(
+                f"stack: the model's forward pass can't be taken for several at once ({reason}): "
+                "write stack=1"
+            ) from None
+        finally:
+            for buffer, old in zip(self.buffers(), before, strict=True):
+                buffer.copy_(old)
 
 
 def part(tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
@@ -197,34 +225,52 @@ class StackedMoments:
         self.layer.running_var.copy_(self.m2 / (self.n - 1).clamp(min=1))
 
 
-def _parts(module: nn.Module) -> list[nn.Module]:
-    return list(module.children())
+def _check(module: nn.Module) -> None:
+    """Raise `UserError` for what a stack would change."""
+    tensors = [*module.named_parameters(remove_duplicate=False)]
+    once = len(tensors) == len({tensor for _, tensor in tensors})
+    require(once, "stack: a layer is used twice: write stack=1")
+    for layer in module.modules():
+        hooks = (
+            *(layer._forward_hooks, layer._forward_pre_hooks),
+            *(layer._backward_hooks, layer._backward_pre_hooks),
+        )
+        trained = all(p.requires_grad for p in layer.parameters(recurse=False))
+        for wrong, what in (
+            (getattr(layer, "frozen", False) or not trained, "is frozen"),
+            (any(hooks), "has hooks"),
+            (isinstance(layer, _DropoutNd) and layer.p > 0, "would draw other masks"),
+        ):
+            name = str(layer).partition("(\n")[0]  # of one with parts, without them
+            require(not wrong, f"stack: {name} {what}: write stack=1")
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether a layer does what its class says, and all of it is trained."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    trained = all(p.requires_grad for p in module.parameters(recurse=False))
-    return trained and not any(hooks) and not getattr(module, "frozen", False)
+def _stacked(parts: Sequence[nn.Module], *, flat: bool) -> nn.Module:
+    """What does what each of `parts`, which have one structure, does to its rows; are they flat?"""
+    first = parts[0]
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    found = _layers(parts) if flat or isinstance(first, nn.Flatten) else None
+    return Replicas(parts) if found is None else Rows(found, len(parts))
 
 
-def _stacked(layers: Sequence[nn.Module]) -> nn.Module:
-    """One layer that does what each of `layers`, which have one structure, does to its rows."""
+def _usual(norm: nn.BatchNorm1d) -> bool:
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _layers(layers: Sequence[nn.Module]) -> nn.Module | None:
+    """One layer in the place of `layers`, if such layers have a stacked form."""
     first: Any = layers[0]
-    found: nn.Module | None = None
-    kind = type(first) if _plain(first) else None
+    kind = type(first)
     if kind is nn.Sequential:
         parts = [dict(layer.named_children()) for layer in layers]
-        found = nn.Sequential(OrderedDict((k, _stacked([p[k] for p in parts])) for k in parts[0]))
-    elif kind is nn.Linear:
-        found = StackedLinear(cast(Sequence[nn.Linear], layers))
-    elif kind is nn.BatchNorm1d:
-        if first.affine and first.track_running_stats and first.momentum is not None:
-            found = StackedBatchNorm(cast(Sequence[nn.BatchNorm1d], layers))
-    elif kind is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1):
-        found = nn.Identity()  # rows come flat
-    elif kind in EACH:
-        found = copy.deepcopy(first)
-    if found is None:
-        raise UserError(f"stack: no stacked form of {first} is known: write stack=1")
-    return found
+        found = {k: _layers([p[k] for p in parts]) for k in parts[0]}
+        known = OrderedDict((k, layer) for k, layer in found.items() if layer is not None)
+        return nn.Sequential(known) if len(known) == len(found) else None
+    if kind is nn.Linear:
+        return StackedLinear(cast(Sequence[nn.Linear], layers))
+    if kind is nn.BatchNorm1d and _usual(first):
+        return StackedBatchNorm(cast(Sequence[nn.BatchNorm1d], layers))
+    if kind is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1):
+        return nn.Identity()  # rows come flat
+    return copy.deepcopy(first) if kind in EACH else None
