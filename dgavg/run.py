@@ -17,6 +17,7 @@ from dgavg.chain import adapt, chain, check, renew, settings_of
 from dgavg.errors import UserError, require
 from dgavg.gather import same_on_all
 from dgavg.losslog import LossLog
+from dgavg.optimizers import optimizer_factory
 from dgavg.schedules import step_of
 from dgavg.seeding import random_states, set_random_states
 from dgavg.settings import check_type
@@ -26,6 +27,7 @@ from dgavg.update import Update
 COMPILE = ("default", "reduce-overhead", "max-autotune")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+ADAM: OptimizerFactory = optimizer_factory("adam", lr=1e-3)  # of a run that names none
 
 
 class Batches(Protocol):
@@ -51,11 +53,6 @@ class Batches(Protocol):
         """Batch `t`."""
 
 
-def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam at 1e-3, the optimizer of a run that names none."""
-    return torch.optim.Adam(parameters, lr=1e-3)
-
-
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context of a forward pass in a precision, a key of `PRECISIONS`."""
     if precision == "fp32":
@@ -77,7 +74,8 @@ class Run:
 
     `trainer` is a chain or its name; the run takes its settings and makes links of its own, so one
     chain serves any number of runs. `model` has a `featurizer` (inputs to (N, F)) and a
-    `classifier` ((N, F) to (N, classes)). `schedule(t)` multiplies the optimizer's learning rate.
+    `classifier` ((N, F) to (N, classes)). `optimizer(parameters)` makes the optimizer;
+    where it isn't given that is fused Adam at 1e-3. `schedule(t)` multiplies its learning rate.
     `evaluate(run)` returns the candidates' scores on validation data, every `eval_every` steps and
     at the end (0: at the end alone), for the first time at `first_eval`; `stopping(scores so far)`
     returns why to stop, or "".
@@ -101,7 +99,7 @@ class Run:
         batches: Batches,
         *,
         steps: int,
-        optimizer: OptimizerFactory = adam,
+        optimizer: OptimizerFactory = ADAM,
         schedule: Callable[[int], float] = lambda t: 1.0,
         evaluate: Callable[[Run], Scores] | None = None,
         eval_every: int = 0,

@@ -1,13 +1,15 @@
-"""What every test gets: one thread, and an end to links that a test defined."""
+"""What every test gets: one thread, an end to links that a test defined, `refuses`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 
 import dgavg.trainers  # noqa: F401  (its links are in the registry before it is copied)
+from dgavg.errors import UserError
 from dgavg.trainer import TRAINERS
 
 OURS = dict(TRAINERS)
@@ -30,3 +32,19 @@ def _registry_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     TRAINERS.clear()
     TRAINERS.update(before)
+
+
+@contextmanager
+def _refuses(*parts: str) -> Iterator[None]:
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, f"{part!r} is not in: {message}"
+
+
+@pytest.fixture(scope="session")
+def refuses() -> Callable[..., AbstractContextManager[None]]:
+    """`with refuses("part", ...)`: a UserError of one line that has every part in it."""
+    return _refuses

@@ -330,6 +330,12 @@ def test_scores_of_any_number_type_make_a_checkpoint_that_can_be_read():
     assert torch.load(file, weights_only=True)["scores"] == [{"live": {"accuracy": 0.5, "loss": 1}}]
 
 
+def test_the_optimizer_of_a_run_that_names_none_is_fused_adam():
+    optimizer = Run("basic", toy_model(), ToyBatches(), steps=1).optimizer
+    assert type(optimizer) is torch.optim.Adam
+    assert (optimizer.defaults["lr"], optimizer.defaults["fused"]) == (1e-3, True)
+
+
 def test_modules_beside_the_model_live_on_its_device():
     @trainer("beside")
     class Beside(Trainer):

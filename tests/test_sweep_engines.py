@@ -1,10 +1,11 @@
-"""Other engines: submitit's local executor, Optuna, and plugins that are not there."""
+"""Other engines: submitit's local executor, Slurm, Optuna, and plugins that are not there."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import shlex
+import shutil
 
 import pytest
 from sweeps import SMALL, dgavg, records, weights
@@ -26,8 +27,28 @@ def test_submitit_leaves_what_one_process_leaves(tmp_path):
     assert not (tmp_path / "jobs/runs/.sweeps").exists()
 
 
-def test_slurm_is_a_preset_and_its_absence_one_line(tmp_path):
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm on this machine")
+def test_slurm_leaves_what_one_process_leaves_and_lists_what_failed(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", *TWO, "device=cpu"]
+    table, _ = dgavg(tmp_path / "here", *words)
+    small = [f"hydra.launcher.{x}" for x in ("gpus_per_node=0", "cpus_per_task=1", "mem_gb=2")]
+    folder = tmp_path / "jobs"
+    both = ["trainer=basic,irm_basic", *words[2:]]  # IRM's penalty begins past the end
+    out, error = dgavg(folder, "-m", "hydra/launcher=slurm", *small, *both, status=2)
+    assert out.endswith(table)  # without accounting submitit warns
+    lines = error.splitlines()
+    assert lines[0] == "4 runs on slurm, each a job of its own"
+    assert sum(line.startswith("  again: dgavg trainer=irm_basic") for line in lines) == 2
+    assert records(folder) == records(tmp_path / "here")
+    assert weights(folder) == weights(tmp_path / "here")
+    assert not (folder / "runs/.sweeps").exists()
+
+
+def test_slurm_is_a_preset_and_its_absence_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))  # where there is no srun
     _, error = dgavg(tmp_path, "-m", "hydra/launcher=slurm", *TWO, status=2)
     assert error.splitlines()[-1].startswith("dgavg: hydra/launcher=slurm: ")
     assert "srun" in error

@@ -8,10 +8,12 @@ import threading
 import time
 
 import pytest
+from filelock import FileLock
 from sweeps import JOBLIB, dgavg, records
 
 from dgavg import UserError
-from dgavg.sweep.reports import Report
+from dgavg.benchmark.folder import is_free
+from dgavg.sweep.reports import Failed, Report, failures
 from dgavg.sweep.rounds import rounds
 
 
@@ -44,6 +46,58 @@ def test_a_job_that_kills_its_process_stops_no_other(tmp_path):
         "the process of a job was killed (RuntimeError: a worker was killed)"
     )
     assert log == [list("abcdef"), ["c"], ["d"], ["e", "f"]]  # suspects one by one
+
+
+def test_a_job_that_outlives_its_launcher_is_told_once(tmp_path, capsys):
+    """On a cluster the other jobs go on: they end, and are launched again."""
+    log = []
+
+    def launch(jobs, initial_job_idx):
+        first = not log
+        log.append([name for (name,) in jobs])
+        for k, (name,) in enumerate(jobs):
+            line = f"{name} trained" if first else f"{name} (done before)"
+            Report([name], [name], lines=[line], ended=not first).write(
+                tmp_path, initial_job_idx + k
+            )
+        if first:
+            ending = Report(["b"], ["b"], lines=["b trained"], ended=True)
+            threading.Timer(0.2, lambda: ending.write(tmp_path, 1)).start()
+            raise RuntimeError("a was killed")
+        time.sleep(1.0)  # until the show has looked
+
+    rounds(launch, [["a"], ["b"]], tmp_path, "cluster")
+    said = capsys.readouterr().err.splitlines()
+    assert log == [["a", "b"], ["a"], ["b"]]
+    assert [line[:5] for line in said[1:]] == ["[1/2]", "[2/2]"]
+    assert sum("b trained" in line for line in said) == 1
+
+
+def test_a_run_of_another_process_is_looked_at_again_once_it_has_ended(tmp_path):
+    log, run = [], tmp_path / "run"
+    run.mkdir()
+    lock = FileLock(run / ".lock", thread_local=False)
+    lock.acquire()
+
+    def launch(jobs, initial_job_idx):
+        log.extend(jobs)
+        failed = [] if is_free(run) else [Failed(["a"], "busy", busy=str(run))]
+        Report(["a"], failed=failed, lines=["trained"], ended=True).write(tmp_path, initial_job_idx)
+
+    threading.Timer(0.7, lock.release).start()
+    (found,) = rounds(launch, [["a"]], tmp_path, "one")
+    assert not found.failed
+    assert log == [["a"], ["a"]]
+
+
+def test_what_failed_for_one_reason_is_told_once_with_every_command():
+    why = "trainer.irm.anneal=500 is past the end"
+    reports = [Report([], failed=[Failed([f"trainer={name}"], why)]) for name in ("a", "b")]
+    assert list(failures(reports, ["--config-dir", "x"])) == [
+        f"dgavg: {why}",
+        "  again: dgavg --config-dir x trainer=a",
+        "  again: dgavg --config-dir x trainer=b",
+    ]
 
 
 def test_a_launcher_that_launches_nothing_is_one_line(tmp_path):

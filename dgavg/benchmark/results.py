@@ -89,6 +89,18 @@ def searched(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(record.get("search", {}).get("settings", ()))
 
 
+def protocol_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol without what a search draws: runs of one table have the same."""
+    drawn = searched(record)
+    return {k: v for k, v in record["protocol"].items() if f"protocol.{k}" not in drawn}
+
+
+def domains_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The domains that a record has scores of, in the order of the data set."""
+    splits = next(iter(record["candidates"].values()))["splits"]
+    return tuple(dict.fromkeys(split.rpartition("/")[0] for split in splits))
+
+
 def hparams_seed(record: Mapping[str, Any]) -> int:
     """Which draw of the search the run is; 0 is the defaults."""
     return int(record.get("search", {}).get("hparams_seed", 0))

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from dgavg.benchmark.domainbed.names import plain
+from dgavg.data.published import plain
 from dgavg.data.splits import seed_hash
 from dgavg.errors import require, unknown
 

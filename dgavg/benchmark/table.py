@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from dgavg.benchmark.results import (
     SELECTED,
     Cell,
     Runs,
+    domains_of,
     grouped,
+    protocol_of,
     results,
     score_of,
     searched,
@@ -75,8 +77,12 @@ class Table:
             for name, cells in self.groups.items()
             for result in results(name, cells, self.rule)
         ]
+        draws = [len(by) for cells in self.groups.values() for by in cells.runs.values()]
+        self.draws = max(draws, default=0)  # of the cell that has most
         held_out = {domain for cells in self.groups.values() for domain, _ in cells.runs}
-        self.held_out = [d for d in _domains(record for _, record in heads) if d in held_out]
+        # some records have the held-out domain alone: the longest say the order of all
+        every = sorted((domains_of(record) for _, record in heads), key=len, reverse=True)
+        self.held_out = [d for d in dict.fromkeys(chain(*every)) if d in held_out]
         self.seeds = sorted({s for c in self.groups.values() for _, s in c.runs} - {POOLED})
         self.combined = {
             (name, record["held_out"], record["seed"]): record
@@ -139,6 +145,8 @@ class Table:
         """What `differences` says: its title, and its head and rows, none where it is empty."""
         rows = self.rows()
         ends = {run: rows.get((run, SELECTED), rows.get((run, "live"), {})) for run, _ in rows}
+        if not ends:
+            return "", []
         first, *others = ends
         lines = [["chain", "live", SELECTED]]
         for run in others:
@@ -179,10 +187,10 @@ class Table:
 
     def _lacks_draws(self, run: str, held_out: str) -> bool:
         """Whether a cell chose among fewer hyper-parameter draws than another one."""
-        draws = {key: len(by_draw) for key, by_draw in self.groups[run].runs.items()}
-        most = max(len(by) for cells in self.groups.values() for by in cells.runs.values())
-        drawn = "search" in self.groups[run].head  # a soup of them chooses nothing
-        return drawn and any(n < most for (d, _), n in draws.items() if d == held_out)
+        cells = self.groups[run]
+        drawn = "search" in cells.head  # a soup of them chooses nothing
+        here = [len(by_draw) for (domain, _), by_draw in cells.runs.items() if domain == held_out]
+        return drawn and any(n < self.draws for n in here)
 
     def footnotes(self, lines: list[list[str]]) -> list[str]:
         """What the signs in `lines()` mean, a line each."""
@@ -214,16 +222,17 @@ class Table:
         """What the table shows, of which runs, and by which rule; a line each."""
         n = len(self.seeds)
         seeds = f"{n} seed" + "s" * (n > 1) if n else "the runs of all seeds together"
+        if not self.held_out:
+            seeds = "no run that left out one domain alone"
         error = ", mean ± standard error over the seeds" if len(self.seeds) > 1 else ""
         name = title_of(self.data)
         size = "searched" if "protocol.batch_size" in self.searched else self.protocol["batch_size"]
-        draws = max(len(by) for cells in self.groups.values() for by in cells.runs.values())
         lines = [
             f"{name}: accuracy (%) on the domain held out{error}",
             f"protocol {self.protocol['name']}: {self.protocol['steps']} steps, "
             f"{size} images a domain, {seeds}"
-            + f", the best of {draws} draws of hyper-parameters"
-            * (draws > 1),
+            + f", the best of {self.draws} draws of hyper-parameters"
+            * (self.draws > 1),
             f"checkpoint: {RULES[self.rule]}",
         ]
         if self.changed:
@@ -246,13 +255,6 @@ def _changed(heads: list[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(text for head in heads for text in head.get("changed", ())))
 
 
-def _domains(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The domains in the order of the data set; some records have the held-out one alone."""
-    candidates = (next(iter(record["candidates"].values())) for record in records)
-    each = [[split.rpartition("/")[0] for split in c["splits"]] for c in candidates]
-    return list(dict.fromkeys(chain(*sorted(each, key=len, reverse=True))))
-
-
 def tables(runs: Runs, rule: str | None = None) -> list[Table]:
     """A table for each data set and protocol among the runs."""
     return [Table(group, rule) for group in separated(runs)]
@@ -271,6 +273,4 @@ def separated(runs: Runs) -> list[Runs]:
 def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
     """What all runs of a table share: the data by what is in them, wherever they came from."""
     data = {k: record["data"][k] for k in ("name", "content", "splits") if k in record["data"]}
-    drawn = searched(record)
-    protocol = {k: v for k, v in record["protocol"].items() if f"protocol.{k}" not in drawn}
-    return {"data": data, "protocol": protocol}
+    return {"data": data, "protocol": protocol_of(record)}

@@ -48,7 +48,7 @@ def export(arguments: list[str]) -> None:
         parser.error(f"one RUN is exported at a time, here are {len(options.runs)}")
     require(options.out is not None, f"where to? Write {USE}")
     run = load_run(options.runs[0], options.candidate)
-    tell(f"{run.name}: {run.candidate} of step {run.record['step']}")
+    tell(run.checkpoint)
     out = write(
         run,
         options.out,

@@ -177,7 +177,7 @@ def _trained(saved: Saved, dataset: DomainDataset) -> Model:
         f"{dataset.name} has images of {_shape(dataset.input_shape)}, the run was trained on "
         f"{_shape(saved.input_shape)}; set data.size to that",
     )
-    tell(f"{saved.name}: {saved.candidate} of step {saved.record['step']}")
+    tell(saved.checkpoint)
     return saved.model
 
 

@@ -36,8 +36,7 @@ def predict(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     device = find_device(options.device)
     runs = [load_run(folder, options.candidate) for folder in options.runs]
-    for run in runs:
-        tell(f"{run.name}: {run.candidate} of step {run.record['step']}")
+    tell(*(run.checkpoint for run in runs))
     dependent = next((run for run in runs if run.support is not None), None)
     if dependent is not None:
         tell(

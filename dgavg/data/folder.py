@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,48 +50,16 @@ def folder(
     Raises `UserError` where root, a domain, a class or an image is missing or cannot be read, or
     where the images fit neither on the disk nor into memory.
     """
-    return load_tree(
-        root,
-        domains=domains,
-        size=size,
-        on_bad_image=on_bad_image,
-        workers=workers,
-        cache=cache,
-        title=title,
-    )
-
-
-def load_tree(
-    root: str | Path,
-    *,
-    size: int,
-    domains: Sequence[str] | None = None,
-    on_bad_image: str = "error",
-    workers: int = 0,
-    cache: str | None = None,
-    title: str = "folder",
-    tree_check: Callable[[Tree], tuple[Tree, Sequence[str]]] | None = None,
-) -> DomainDataset:
-    """Read a tree root/domain/class/image through the cache; settings as those of `folder`.
-
-    `tree_check` sees which files there are before any is decoded. It gives those to load, as a
-    tree that may have other names and another order, and notes; or raises `UserError`.
-    """
     check_image_settings(size, on_bad_image, workers)
     place = Path(root).expanduser()
-    tree = find_tree(place, domains)
-    notes: Sequence[str] = ()
-    if tree_check is not None:
-        tree, notes = tree_check(tree)
     return load_files(
-        tree,
+        find_tree(place, domains),
         place,
         size=size,
         on_bad_image=on_bad_image,
         workers=workers,
         cache=cache,
         title=title,
-        notes=notes,
     )
 
 

@@ -136,7 +136,7 @@ def check_counts(about: Published, tree: Tree, place: Path, *, whole: bool) -> t
     if isinstance(about.classes, int):
         fine, expected = len(classes) == about.classes, f"{about.classes} classes"
     else:
-        fine = [_plain(c) for c in classes] == [_plain(c) for c in about.classes]
+        fine = [plain(c) for c in classes] == [plain(c) for c in about.classes]
         expected = f"classes {', '.join(about.classes)}"
     shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
     require(
@@ -187,16 +187,21 @@ def _place(about: Published, base: Path) -> Path | None:
 
 def _matches(about: Published, folder: Path) -> dict[str, list[str]]:
     """Domain → the folders that are called so."""
-    known = {_plain(s): name for name, more in about.domains.items() for s in (name, *more)}
+    known = {plain(s): name for name, more in about.domains.items() for s in (name, *more)}
     found: dict[str, list[str]] = {}
     for entry in sorted(folder.iterdir()):
-        name = known.get(_plain(entry.name))
+        name = known.get(plain(entry.name))
         if name is not None and entry.is_dir():
             found.setdefault(name, []).append(entry.name)
     return found
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name without what its spellings differ in.
+
+    >>> plain("terra_incognita") == plain("TerraIncognita")
+    True
+    """
     return "".join(c for c in name.lower() if c.isalnum())
 
 

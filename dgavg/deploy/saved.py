@@ -55,6 +55,11 @@ class Saved:
         return f"{self.record['chain']}, hold out {left_out}{seed}"
 
     @property
+    def checkpoint(self) -> str:
+        """The run's name, the candidate and its step, as a person would call them."""
+        return f"{self.name}: {self.candidate} of step {self.record['step']}"
+
+    @property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
         """Accuracy, loss and number of images by split, such as `sketch/in`."""
         found: Mapping[str, Mapping[str, float]]

@@ -54,7 +54,7 @@ def rounds(
                 batches = [[i] for i in begun] + ([waiting] if waiting else []) + batches
             else:
                 done |= {i: _killed(list(jobs[i]), crash) for i in begun + waiting}
-            done |= {i: report for i, report in ended.items() if not report.busy}
+            done |= ended
             busy = {i: report.busy for i, report in ended.items() if report.busy}
             if busy:
                 batches.append(list(busy))
@@ -94,7 +94,7 @@ class _Show:
         self.jobs, self.folder = jobs, folder
         self.seen: set[Path] = set()
         self.said: set[str] = set()
-        self.count = 0
+        self.told: list[list[str]] = []  # the jobs of which it was said how they ended
         console = Console(file=sys.stderr, highlight=False)
         self.bar = Progress(
             BarColumn(),
@@ -142,11 +142,13 @@ class _Show:
             if report.busy:
                 self.say(left(report.busy[0]))
                 continue
-            self.count += 1
+            if report.overrides in self.told:  # it outlived its launcher, and was launched again
+                continue
+            self.told.append(report.overrides)
             *notes, last = report.lines if report.runs else [*report.lines, ""]
             for note in notes:
                 self.say(note)
             for text in [last, *(f"failed: {one.message}" for one in report.failed)]:
                 if text:
-                    self.say(f"[{self.count}/{self.jobs}] {text}")
-            self.bar.update(self.task, completed=self.count)
+                    self.say(f"[{len(self.told)}/{self.jobs}] {text}")
+            self.bar.update(self.task, completed=len(self.told))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import pictures
 from safetensors.torch import load_file
 
 from dgavg import leave_one_domain_out
-from dgavg.data import Domain, DomainDataset
 
 KILLER = Path(__file__).with_name("killer.py")
 
@@ -124,15 +124,7 @@ def make_data():
     """`make_data([90, 80, 85])`: domains of noisy 8×8 pictures of 3 classes that can be learnt."""
 
     def make(sizes, name="toy", seed=5):
-        rng = torch.Generator().manual_seed(seed)
-        prototypes = torch.rand(3, 1, 8, 8, generator=rng)
-        domains = []
-        for i, n in enumerate(sizes):
-            labels = torch.arange(n) % 3
-            noise = torch.rand(n, 1, 8, 8, generator=rng)
-            images = (255 * (0.35 * prototypes[labels] + 0.65 * noise)).to(torch.uint8)
-            domains.append(Domain(f"d{i}", images, labels))
-        return DomainDataset(name, tuple(domains), ("a", "b", "c"))
+        return pictures({f"d{i}": n for i, n in enumerate(sizes)}, name, seed=seed)
 
     return make
 

@@ -112,6 +112,13 @@ def test_what_is_made_of_draws_chooses_among_none():
     assert "°" not in str(Table(runs))
 
 
+def test_runs_of_two_domains_alone_make_no_row():
+    table = Table({"r": [[record(10, {"live": (0.5, 0.1)}, held_out_with="b")]]})
+    assert table.lines() == [["chain", "candidate", "mean", "against live"]]
+    assert "8 images a domain, no run that left out one domain alone" in str(table)
+    assert table.differences() == ""
+
+
 def test_runs_of_two_domains_are_in_no_cell_and_cross_validation_reads_them():
     alone = [
         record(10, {"live": (0.1, 0.9), "ema": (0.3, 0.9)}),

@@ -166,6 +166,21 @@ def test_one_name_for_two_settings_is_refused_and_the_difference_named(train, on
     assert state(folder) == before
 
 
+def test_of_many_differences_the_first_three_are_named(train):
+    train(name="mine")
+    with pytest.raises(UserError) as caught:
+        train(name="mine", steps=30, every=10, optimizer__lr=0.5, optimizer__weight_decay=0.1)
+    assert str(caught.value).count(" there, ") == 3
+
+
+def test_a_run_of_several_processes_goes_on_under_torchrun_alone(train, only_run):
+    _, folder = train(name="mine")
+    with (only_run(folder) / "config.yaml").open("a") as config:
+        config.write("processes: 2\n")
+    with pytest.raises(UserError, match=r"on 2 processes, here 1: .* torchrun --nproc-per-node 2"):
+        train(name="mine")
+
+
 def test_two_models_of_one_name_are_two_experiments(train, make_data, tmp_path):
     data = make_data([60, 70, 65])
     folders = set()

@@ -91,14 +91,14 @@ def test_a_model_that_looks_at_the_batch_says_so_once(images, tmp_path, capsys):
     small = {"protocol.steps": 2, "protocol.eval_every": 2, "model.width": 8}
     leave_one_domain_out(
         "arm_basic",
-        seeds=[0, 1],
+        seeds=[0],
         holdout=[45],
         runs=tmp_path,
         name="arm",
         quiet=True,
         settings=small,
     )
-    both = [str(tmp_path / "arm" / "45" / seed) for seed in "01"]
+    both = 2 * [str(tmp_path / "arm" / "45" / "0")]
     predict([*both, str(images), "--out", str(tmp_path / "out.csv"), "--on-bad-image", "skip"])
     assert capsys.readouterr().err.count("32 at a time, in the order of the files") == 1
 

@@ -13,12 +13,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from pictures import pictures
 from PIL import Image
 
 from dgavg import cli, leave_one_domain_out
 from dgavg.benchmark.reading import read_runs
 from dgavg.benchmark.table import Table
-from dgavg.data import Domain, DomainDataset
 from dgavg.report.style import variables
 
 NAMES = ["a<b>", 'c&"d"', "$e$"]
@@ -61,23 +61,12 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def _data(names):
-    rng = torch.Generator().manual_seed(5)
-    prototypes = torch.rand(3, 1, 8, 8, generator=rng)
-    domains = []
-    for name in names:
-        labels = torch.arange(60) % 3
-        noise = torch.rand(60, 1, 8, 8, generator=rng)
-        images = (255 * (0.35 * prototypes[labels] + 0.65 * noise)).to(torch.uint8)
-        domains.append(Domain(name, images, labels))
-    return DomainDataset("<toy> & co", tuple(domains), ("a", "b", "c"))
-
-
 def _train(folder, chain, names=NAMES, seeds=(0, 1), holdout=None, steps=24, **settings):
     dotted = {"model.width": 8, "protocol.steps": steps, "protocol.eval_every": 6}
     dotted |= {k.replace("__", "."): v for k, v in settings.items()}
     where = {"seeds": list(seeds), "holdout": holdout or names, "runs": folder, "quiet": True}
-    leave_one_domain_out(chain, _data(names), settings=dotted, **where)
+    data = pictures(dict.fromkeys(names, 60), "<toy> & co")
+    leave_one_domain_out(chain, data, settings=dotted, **where)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,6 @@ import torch
 from PIL import Image
 
 from dgavg.data import Domain, DomainDataset
-from dgavg.errors import UserError
-
-
-@contextmanager
-def _refuses(*parts):
-    with pytest.raises(UserError) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message, f"{part!r} is not in: {message}"
-
-
-@pytest.fixture(scope="session")
-def refuses():
-    """`with refuses("part", ...)`: a UserError of one line that has every part in it."""
-    return _refuses
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,6 @@ from torchvision.transforms import Resize
 from dgavg.data import decode as decoding
 from dgavg.data import folder as module
 from dgavg.data import load
-from dgavg.data.folder import load_tree
-from dgavg.errors import UserError
 
 TREE = {
     "sketch": {"dog": ["a.png"], "cat": ["b.png"]},
@@ -226,30 +224,6 @@ def test_real_pacs_is_what_image_folder_reads(real_data, tmp_path):
     images, labels, _ = as_image_folder(root / "photo", 32)
     assert torch.equal(data.domains[2].images, images)
     assert data.domains[2].labels.tolist() == labels
-
-
-def test_a_check_sees_the_tree_and_may_change_it(write_tree, refuses):
-    root, seen = write_tree(TREE), []
-
-    def check(tree):
-        seen.append({domain: list(part) for domain, part in tree.items()})
-        tree["photo"]["dog"] = tree["photo"]["dog"][:1]
-        return {"sketch": tree["sketch"], "Photo": tree["photo"]}, ["two are known twice"]
-
-    data = load_tree(root, size=7, tree_check=check)
-    assert seen == [{"photo": ["cat", "dog"], "sketch": ["cat", "dog"]}]
-    assert data.names == ("sketch", "Photo")
-    assert data.notes == ("two are known twice",)
-    assert data.domains[1].files == ("photo/cat/x.bmp", "photo/cat/y.jpeg", "photo/dog/1.JPG")
-    assert data.domains[1].labels.tolist() == [0, 0, 1]
-    assert not (root / "none").exists()
-
-    def refuse(tree):
-        raise UserError("too few")
-
-    with refuses("too few"):
-        load_tree(root, size=8, tree_check=refuse)
-    assert len(list((root / ".dgavg-cache").glob("*.images"))) == 1
 
 
 def test_a_tilde_is_the_home(write_tree, monkeypatch):

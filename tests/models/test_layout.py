@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from dgavg import Batch, Run, fit
 from dgavg.benchmark.experiment import experiments
 from dgavg.benchmark.fold import _Fold
 from dgavg.config import compose, plain
-from dgavg.models import build_model
-from dgavg.models.model import lay_out
+from dgavg.models import Model, build_model
+from dgavg.models.model import Featurizer, lay_out
+from dgavg.optimizers import optimizer_factory
 
 LAST = torch.channels_last
 
@@ -34,6 +37,35 @@ def test_others_stay_as_they_are(name):
     model = build_model(name, (1, 8, 8), 4)
     lay_out(model)
     assert all(p.is_contiguous() for p in model.parameters())
+
+
+class Noise:
+    """Batches of noise, of two domains."""
+
+    names, classes, epoch_length = ("a", "b"), 3, 4
+
+    def __call__(self, t):
+        rng = torch.Generator().manual_seed(t)
+        y = torch.randint(3, (16,), generator=rng)
+        d = torch.arange(2).repeat_interleave(8)
+        return Batch(torch.rand(16, 3, 8, 8, generator=rng), y, d, 2)
+
+
+@pytest.mark.parametrize("link", ["basic", "andmask", "pcgrad", "fish", "sagm"])
+def test_a_layout_changes_nothing_that_is_trained(link):
+    """Under links that write gradients of their own, too."""
+
+    def trained(last):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Flatten()]
+        model = Model(Featurizer(nn.Sequential(*layers), [0.5], [0.2]), nn.Linear(180, 3))
+        if last:
+            lay_out(model)
+        spec = link if link == "basic" else f"{link}_basic"
+        fit(Run(spec, model, Noise(), steps=4, optimizer=optimizer_factory("sgd", lr=0.1)))
+        return dict(model.named_parameters())
+
+    torch.testing.assert_close(trained(last=True), trained(last=False), rtol=1e-4, atol=1e-5)
 
 
 def test_runs_lay_their_models_out(tmp_path):

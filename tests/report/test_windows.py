@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pictures import pictures
 from safetensors.torch import load_file
 
 from dgavg import Trainer, leave_one_domain_out, trainer
 from dgavg.benchmark.reading import read_runs
-from dgavg.data import Domain, DomainDataset
 from dgavg.report.section import Section
 from dgavg.report.windows import Window, link_of, window
 
@@ -27,24 +27,13 @@ def _watcher():
     WALK.clear()
 
 
-def _data():
-    rng = torch.Generator().manual_seed(5)
-    prototypes = torch.rand(3, 1, 8, 8, generator=rng)
-    domains = []
-    for i, n in enumerate([60, 70, 65]):
-        labels = torch.arange(n) % 3
-        noise = torch.rand(n, 1, 8, 8, generator=rng)
-        images = (255 * (0.3 * prototypes[labels] + 0.7 * noise)).to(torch.uint8)
-        domains.append(Domain(f"d{i}", images, labels))
-    return DomainDataset("toy", tuple(domains), ("a", "b", "c"))
-
-
 def _train(folder, links, settings=(), steps=60, every=4):
     """Runs of three seeds; by candidate and seed its trace, and what it saved."""
     dotted = {"model.width": 8, "model.batchnorm": False, "optimizer.lr": 0.05}
     dotted |= {"protocol.steps": steps, "protocol.eval_every": every, **dict(settings)}
     where = {"seeds": [0, 1, 2], "holdout": ["d1"], "runs": folder, "quiet": True}
-    leave_one_domain_out(f"{links}_watcher_basic", _data(), settings=dotted, **where)
+    data = pictures({"d0": 60, "d1": 70, "d2": 65}, noise=0.7)
+    leave_one_domain_out(f"{links}_watcher_basic", data, settings=dotted, **where)
     runs, _ = read_runs([folder])
     ((name, _),) = runs.items()
     section = Section(runs)

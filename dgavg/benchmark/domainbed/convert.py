@@ -13,7 +13,7 @@ from dgavg.benchmark.domainbed.names import algorithm_of, dataset_of
 from dgavg.benchmark.domainbed.records import Record
 from dgavg.benchmark.files import differences
 from dgavg.benchmark.labels import labels
-from dgavg.benchmark.results import Runs, hparams_seed, searched
+from dgavg.benchmark.results import Runs, domains_of, hparams_seed, protocol_of
 from dgavg.errors import require, unknown
 
 SAME = ("trainer", "data", "model", "optimizer", "protocol", "stopping", "precision", "init_seed")
@@ -134,7 +134,7 @@ def _sources(runs: Runs) -> Iterator[_Source]:
     heads: dict[str, dict[tuple[str, str], tuple[str, Record]]] = {}  # by data set: chain, settings
     for name, group in runs.items():
         for records in group:
-            head, dataset = records[0], dataset_of(records[0]["data"], _domains(records[0]))
+            head, dataset = records[0], dataset_of(records[0]["data"], domains_of(records[0]))
             same = heads.setdefault(dataset, {})
             first = next(iter(same.values()), (name, head))
             _check_alike(dataset, (name, head), first)
@@ -142,7 +142,7 @@ def _sources(runs: Runs) -> Iterator[_Source]:
     told = {dataset: _told_apart(same) for dataset, same in heads.items()}
     for name, group in runs.items():
         for records in group:
-            head, domains = records[0], _domains(records[0])
+            head, domains = records[0], domains_of(records[0])
             dataset = dataset_of(head["data"], domains)
             label = told[dataset][head["chain"], _variant(head)]
             yield _Source(name, records, domains, dataset, label)
@@ -167,7 +167,7 @@ def _told_apart(same: Mapping[tuple[str, str], tuple[str, Record]]) -> dict[tupl
 def _check_alike(dataset: str, one: tuple[str, Record], first: tuple[str, Record]) -> None:
     """Raise `UserError` for runs that a table must not show side by side."""
     for part in ("protocol", "data"):
-        found = list(differences(_identity(one[1], part), _identity(first[1], part), part))
+        found = list(differences(_identity(one[1])[part], _identity(first[1])[part], part))
         require(
             not found,
             f"{one[0]} and {first[0]}, both of {dataset}, differ in {part} ({'; '.join(found)}): "
@@ -175,9 +175,9 @@ def _check_alike(dataset: str, one: tuple[str, Record], first: tuple[str, Record
         )
 
 
-def _identity(head: Record, part: str) -> dict[str, Any]:
-    given = head[part] if part == "protocol" else {"content": head[part].get("content")}
-    return {k: v for k, v in given.items() if f"{part}.{k}" not in searched(head)}
+def _identity(head: Record) -> dict[str, Any]:
+    """What runs of one data set of DomainBed share; names of data may differ, not what is in it."""
+    return {"protocol": protocol_of(head), "data": {"content": head["data"].get("content")}}
 
 
 def _check_once(sources: Iterable[_Source]) -> None:
@@ -191,12 +191,6 @@ def _check_once(sources: Iterable[_Source]) -> None:
             f"{s.head['held_out']}, seed {trial}, hparams_seed {draw}: give one of them",
         )
         seen[key] = s.name
-
-
-def _domains(head: Record) -> tuple[str, ...]:
-    """All domains in the order of the data set: each has a part that was scored."""
-    splits = next(iter(head["candidates"].values()))["splits"]
-    return tuple(dict.fromkeys(split.rpartition("/")[0] for split in splits))
 
 
 def _convert(source: _Source, candidate: str) -> ForeignRun:

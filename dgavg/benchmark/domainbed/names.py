@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgavg.benchmark.results import title_of
+from dgavg.data.published import plain
 
 ALGORITHMS = (
     *("ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN"),
@@ -63,15 +64,6 @@ EQUIVALENTS = {
     "vrex_basic": "VREx",
 }
 _OTHER_NAMES = {"camelyon17": "WILDSCamelyon", "fmow": "WILDSFMoW"}
-
-
-def plain(name: str) -> str:
-    """A name without what its spellings differ in.
-
-    >>> plain("terra_incognita") == plain("TerraIncognita")
-    True
-    """
-    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def algorithm_of(

@@ -6,13 +6,12 @@ import math
 from hashlib import md5
 
 import pytest
-import torch
+from pictures import pictures
 
 from dgavg.benchmark.domainbed import RULES, convert, export, read_folder, render, select
 from dgavg.benchmark.domainbed.names import ALGORITHMS, EQUIVALENTS, algorithm_of, dataset_of
 from dgavg.benchmark.reading import read_runs
 from dgavg.chain import known_trainers
-from dgavg.data import Domain, DomainDataset
 from dgavg.errors import UserError
 
 IID, LOO, ORACLE = RULES
@@ -21,15 +20,7 @@ NAMES = ("art_painting", "cartoon", "photo", "sketch")
 
 def pacs(names=NAMES, title="pacs"):
     """Noisy pictures that can be learnt, in PACS' domains."""
-    rng = torch.Generator().manual_seed(5)
-    prototypes = torch.rand(3, 1, 8, 8, generator=rng)
-    domains = []
-    for name in names:
-        labels = torch.arange(40) % 3
-        noise = torch.rand(40, 1, 8, 8, generator=rng)
-        images = (255 * (0.35 * prototypes[labels] + 0.65 * noise)).to(torch.uint8)
-        domains.append(Domain(name, images, labels))
-    return DomainDataset(title, tuple(domains), ("a", "b", "c"))
+    return pictures(dict.fromkeys(names, 40), title)
 
 
 @pytest.fixture
