@@ -26,7 +26,7 @@ def adam(
 ) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": (beta1, beta2)}
-    return _laid_out(torch.optim.Adam(parameters, **options, fused=True))
+    return torch.optim.Adam(parameters, **options, fused=True)
 
 
 def adamw(
@@ -39,7 +39,7 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": (beta1, beta2)}
-    return _laid_out(torch.optim.AdamW(parameters, **options, fused=True))
+    return torch.optim.AdamW(parameters, **options, fused=True)
 
 
 def sgd(
@@ -52,24 +52,7 @@ def sgd(
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-    return _laid_out(torch.optim.SGD(parameters, **options, nesterov=nesterov, fused=True))
-
-
-def _laid_out(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Make each step lay gradients out in memory as their weights are.
-
-    A fused step walks through both side by side: on a CPU it would silently give the numbers of a
-    gradient that lies otherwise to other weights. Those that links compute may.
-    """
-
-    def lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.stride() != p.stride():
-                    p.grad = torch.empty_like(p).copy_(p.grad)
-
-    optimizer.register_step_pre_hook(lay_out)
-    return optimizer
+    return torch.optim.SGD(parameters, **options, nesterov=nesterov, fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

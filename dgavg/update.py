@@ -91,12 +91,23 @@ class Update:
         """
         for prepare in self.before_step:
             prepare()
+        self._lay_out()
         there = [p.grad for p in self.parameters if p.grad is not None]
         if self.scale is not None and not self._finite(there):
             return
         if self.clip is not None and there:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+
+    def _lay_out(self) -> None:
+        """Make gradients lie in memory as their weights do; those that links compute may not.
+
+        On a CPU a fused optimizer walks through both side by side, whatever their strides: it would
+        silently give the numbers of such a gradient to other weights.
+        """
+        for p in self.parameters:
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
 
     def _finite(self, gradients: list[Tensor]) -> bool:
         """Whether the update counts; moves the scale."""

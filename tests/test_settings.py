@@ -57,19 +57,6 @@ def test_an_optimizer_by_name_takes_steps_downhill(name):
     assert weight.abs().max() < 0.2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_number_of_a_gradient_goes_to_its_weight_however_it_lies_in_memory(name):
-    weight = torch.randn(4, 3, 5, 5)
-    last = weight.clone(memory_format=torch.channels_last)
-    weights = [nn.Parameter(w) for w in (weight, last)]
-    for p in weights:
-        optimizer = optimizer_factory(name, lr=0.1)([p])
-        for seed in range(2):
-            p.grad = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-            optimizer.step()
-    torch.testing.assert_close(weights[1].detach(), weights[0].detach())
-
-
 def test_optimizer_settings_reach_torch():
     weight = nn.Parameter(torch.zeros(1))
     group = optimizer_factory("adamw", lr=0.1, weight_decay=0.3, beta1=0.8)([weight]).param_groups
