@@ -51,8 +51,14 @@ def sgd(
     nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum."""
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-    return torch.optim.SGD(parameters, **options, nesterov=nesterov, fused=True)
+    return torch.optim.SGD(
+        parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        fused=True,
+    )
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
