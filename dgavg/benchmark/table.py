@@ -144,7 +144,7 @@ class Table:
     def difference_lines(self) -> tuple[str, list[list[str]]]:
         """What `differences` says: its title, and its head and rows, none where it is empty."""
         rows = self.rows()
-        ends = {run: rows.get((run, SELECTED), rows.get((run, "live"), {})) for run, _ in rows}
+        ends = {run: cells for (run, _), cells in rows.items()}  # selected comes last
         if not ends:
             return "", []
         first, *others = ends

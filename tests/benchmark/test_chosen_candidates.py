@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from dgavg import Trainer, UserError, trainer
+from dgavg.benchmark import Table
+from dgavg.benchmark.reading import read_runs
 from dgavg.chain import find_trainer
 from tests.links import ACTING
 
@@ -73,6 +77,17 @@ def test_what_decides_is_scored_too(train, only_run, records_of):
     assert list(found["candidates"]) == ["live", "ema"]
     found = ends("f", "ema_autolr_basic", candidates=["live"], trainer__autolr__drops=[5])
     assert list(found["candidates"]) == ["live"]
+
+
+def test_chains_are_compared_by_what_they_scored(train):
+    for spec in ("ema_basic", "ema_mixup_basic"):
+        _, runs = train(spec, candidates=["ema"], **ALONE)
+    records, _ = read_runs([runs])
+    title, (head, row) = Table(records).difference_lines()
+    assert title.startswith("difference to ema_basic, paired")
+    assert head == ["chain", "live", "selected"]
+    assert row[:2] == ["ema_mixup_basic", ""]
+    assert re.fullmatch(r"[+-]\d+\.\d \[.*\]", row[2])
 
 
 def test_they_are_other_runs(train):
