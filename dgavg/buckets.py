@@ -36,7 +36,9 @@ def mean_gradients(
     buckets = [Bucket(some) for some in split(parameters)]
     waiting = deque(buckets)
 
-    def take(bucket: Bucket, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def take(bucket: Bucket, parameter: nn.Parameter, gradient: Tensor | None) -> None:
+        if gradient is None:  # as a function of one's own may give
+            return
         bucket.own[parameter] = gradient
         while waiting and waiting[0].whole():
             waiting.popleft().send()

@@ -33,12 +33,26 @@ class Net(nn.Module):
             self.other = nn.Linear(8, 8, bias=False)
             self.last = nn.Linear(8, 4, bias=False)
 
-    def outputs(self, rank, *, use_other=False, back=lambda: None):
+    def outputs(self, rank, *, use_other=False, slopeless=False, back=lambda: None):
         """Outputs for rows of this process; `back` is called when a pass is at the first layer."""
         x = self.first(torch.rand(5, 2, 6, 6, generator=torch.Generator().manual_seed(rank)))
         x.register_hook(lambda slope: back())
         x = self.second(x.amax(dim=(2, 3))).tanh()
+        if slopeless:
+            x = Slopeless.apply(x, self.other.weight)
         return self.last(self.other(x) if use_other else x)
+
+
+class Slopeless(torch.autograd.Function):
+    """A function of a weight that gives it no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x + weight.mean()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope, None
 
 
 class Breaks(torch.autograd.Function):
@@ -102,6 +116,7 @@ def main(rank, folder):
     join(rank, folder)
     assert 4 * min(FIRST, SECOND, OTHER, LAST) > buckets.SIZE
     found = {"all": means(rank, use_other=True), "some": means(rank)}
+    found["slopeless"] = means(rank, slopeless=True)
     found |= {"added": added(rank, False), "scaled": added(rank, True)}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -112,7 +127,7 @@ def ranks(tmp_path_factory):
     return started(__file__, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("case", ["all", "some"])
+@pytest.mark.parametrize("case", ["all", "some", "slopeless"])
 def test_gradients_are_means_and_the_same_in_both(ranks, case):
     one, other = (rank[case] for rank in ranks)
     for a, b, own, others in zip(
@@ -123,7 +138,7 @@ def test_gradients_are_means_and_the_same_in_both(ranks, case):
             assert a.equal(b)
             torch.testing.assert_close(a, (own + others) / 2)
             assert not own.allclose(others)
-    assert [g is None for g in one["found"]] == [False, False, case == "some", False]
+    assert [g is None for g in one["found"]] == [False, False, case != "all", False]
 
 
 def test_they_are_laid_out_as_their_parameters(ranks):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +38,7 @@ class Failure:
     fold: Fold
     seed: int
     error: Exception
+    traceback: str
 
     @property
     def folder(self) -> Path:
@@ -115,7 +118,8 @@ def run_experiments(
                     busy.update(unit.folders)
                     todo.append(unit)
                 else:
-                    failures += [Failure(unit.experiment, *m, error) for m in unit.members]
+                    text = let_go(error)
+                    failures += [Failure(unit.experiment, *m, error, text) for m in unit.members]
     runs: Runs = {}
     for experiment in experiments:
         name = experiment.folder.name
@@ -156,6 +160,14 @@ def _trained(unit: _Unit, watcher: Watcher) -> Iterator[tuple[Fold, int, list[di
             yield fold, seed, records
 
 
+def let_go(error: Exception) -> str:
+    """The traceback of an error as text; the error itself then holds no run and no model."""
+    text = "".join(traceback.format_exception(error))
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    gc.collect()  # a run and its links know each other
+    return text
+
+
 @contextmanager
 def memory_explained(experiment: Experiment) -> Iterator[None]:
     """Raise `UserError` where the device has not the memory for a run."""
@@ -165,10 +177,10 @@ def memory_explained(experiment: Experiment) -> Iterator[None]:
         sizes = {
             "stack": experiment.stack,
             "protocol.batch_size": experiment.protocol["batch_size"],
-            "eval_batch_size": experiment.eval_batch_size,
+            "eval_batch_size (for recalibrated batch norm)": experiment.eval_batch_size,
         }
-        lower = ", ".join(f"{key}={size}" for key, size in sizes.items() if size > 1)
+        lower = ", ".join(f"{key} below {size}" for key, size in sizes.items() if size > 1)
+        bf16 = "write precision=bf16, or " if experiment.precision == "fp32" else ""
         raise UserError(
-            f"{experiment.device} has too little memory for this: write precision=bf16, or lower "
-            f"one of {lower} (the last counts where batch norm is recalibrated)"
+            f"{experiment.device} has too little memory for this: {bf16}lower one of {lower}"
         ) from None

@@ -61,6 +61,12 @@ def check_candidates(trainer: Trainer, wanted: Sequence[str], where: str) -> Non
     """Raise `UserError` for a name that no candidate of the chain will have."""
     known = ["live", *(name for link in trainer for name in link.candidate_names())]
     for name in wanted:
+        base, at, policy = name.partition("@")
+        require(
+            not at or base not in known,
+            f"{where}: {name!r} is {base!r} by another batch-norm policy: write {base}, and "
+            f"also_batchnorm=[{policy}]",
+        )
         if name not in known:
             raise unknown("candidate", name, known, f"the chain {spec_of(trainer)!r} ({where})")
 

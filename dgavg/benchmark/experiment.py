@@ -189,9 +189,11 @@ def build(
         "eval_batch_size": settings["eval_batch_size"],  # batch norm is recalibrated by the batch
         "device": device.type,
     }
-    for key in ("init_seed", "also_batchnorm", "scoring", "candidates"):
+    for key in ("init_seed", "also_batchnorm", "scoring"):
         if settings[key] not in (None, []):  # runs without them keep their names
             identity[key] = settings[key]
+    if settings["candidates"] is not None:
+        identity["scored"] = sorted(set(settings["candidates"]))
     if compile_mode is not None:
         identity["compile"] = compile_mode
     if settings["stack"] > 1:  # sums are rounded otherwise

@@ -27,6 +27,7 @@ SETTINGS = (
     "stopping",
     "precision",
     "scoring",
+    "scored",
     "device",
     "processes",
     "init_seed",

@@ -7,7 +7,13 @@ from typing import Any
 
 from dgavg.benchmark.results import searched
 
-OPTIONAL = ("init_seed", "scoring", "compile", "stack")  # said where they are not as usual
+OPTIONAL = (
+    "init_seed",
+    "scoring",
+    "scored",
+    "compile",
+    "stack",
+)  # said where they are not as usual
 PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", *OPTIONAL)
 
 
@@ -52,4 +58,6 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, A
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

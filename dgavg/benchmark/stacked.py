@@ -47,6 +47,7 @@ from dgavg.models.stack import Stack, part
 from dgavg.run import Run
 from dgavg.stacked import StackedRun
 from dgavg.trainer import Scores
+from dgavg.trial import try_out
 
 Member = tuple[Fold, int]
 PAUSE = 10.0  # seconds between two checkpoints: small runs evaluate many times a second
@@ -130,7 +131,6 @@ class _Stacked:
         stack = Stack([s.model for s in starts])
         torch.set_num_threads(experiment.threads or threads_for(stack))
         stack.to(experiment.device).train()
-        stack.try_out(experiment.dataset.input_shape)
         parts = [s.batches for s in starts]
         self.domains = [part.names for part in parts]
         batches = StackedBatches(experiment.dataset, parts, self.labels, experiment.device)
@@ -141,6 +141,7 @@ class _Stacked:
             **shared_options(experiment),
             evaluate=self._evaluate,
         )
+        try_out(self.run, [s.model for s in starts], experiment.dataset.input_shape)
         self.scorer = self._scorer(starts, stack, batches.pool)
         self.clock, self.saved = Clock(), time.perf_counter()
 
@@ -263,10 +264,10 @@ class _Stacked:
 
     def _check_finite(self, r: int, scores: Mapping[str, Found]) -> None:
         """By validation data alone: what the held-out domain gives decides nothing."""
-        if "live" in scores:
-            what, mine = "validation loss", self.domains[r]
-            found = [s.loss for k, s in scores["live"].items() if k.rpartition("/")[0] in mine]
-        else:
+        what, mine = "validation loss", self.domains[r]
+        live = scores.get("live", {})
+        found = [score.loss for k, score in live.items() if k.rpartition("/")[0] in mine]
+        if not found:  # no validation data, or other candidates alone
             what, found = "norm", [norm_of(part(self.run.live, r))]
         if not all(map(math.isfinite, found)):
             raise NonFiniteLossError(

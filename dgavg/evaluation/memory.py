@@ -11,26 +11,25 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Fitting:
-    """A forward pass that goes on in halves where the device has not the memory for all rows.
+    """Passes images forward, in halves where the device has not the memory for all rows.
 
     How many rows fitted is kept for the passes that follow. Raises `torch.OutOfMemoryError` where
     one row does not fit, and for a model with `support`, whose predictions depend on the batch.
     """
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self) -> None:
         self.most: int | None = None  # rows at a time; none is known to be too many
 
-    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W)."""
+    def __call__(self, forward: Forward, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W), by `forward(model, images)`."""
         rows = min(len(images), self.most or len(images))
         try:
             if rows == len(images):
-                return self.forward(model, images)
-            return torch.cat([self.forward(model, part) for part in torch.split(images, rows)])
+                return forward(model, images)
+            return torch.cat([forward(model, part) for part in torch.split(images, rows)])
         except torch.OutOfMemoryError:
             if rows <= 1 or getattr(model, "support", None) is not None:
                 raise
             self.most = rows // 2
         torch.cuda.empty_cache()  # now that nothing holds what had been computed
-        return self(model, images)
+        return self(forward, model, images)

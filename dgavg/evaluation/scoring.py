@@ -74,7 +74,7 @@ class Scorer:
     ) -> None:
         self.model, self.splits, self.pooled = model, splits, pooled
         self.batch_size, self.forward, self.held_out = batch_size, forward, held_out
-        self._fitting = Fitting(forward)
+        self._fitting = Fitting()
         self._pool: list[nn.Module] = []  # twins made so far, to be lent again
         self._twins: dict[str, list[nn.Module]] = {}
         self._kept: dict[str, _Kept] = {}
@@ -187,8 +187,9 @@ class Scorer:
     def _prediction(self, members: list[nn.Module], images: Tensor) -> Tensor:
         """The logits of one model, or the logarithms of the mean probabilities of several."""
         if len(members) == 1:
-            return self._fitting(members[0], images)
-        found = torch.stack([self._fitting(m, images).log_softmax(dim=1) for m in members])
+            return self._fitting(self.forward, members[0], images)
+        each = [self._fitting(self.forward, m, images) for m in members]
+        found = torch.stack([logits.log_softmax(dim=1) for logits in each])
         return found.logsumexp(dim=0) - math.log(len(members))
 
     def _batches(self, plans: list[Plan]) -> Iterator[tuple[dict[str, int], Tensor, Tensor]]:

@@ -60,8 +60,20 @@ class StackedScorer:
         again = [k for k, c in candidates.items() if c.batchnorm == "recalibrate"]
         self._recalibrate([self._twins[k] for k in again])
         with torch.inference_mode():
-            found = dict(zip(candidates, self._sums().tolist(), strict=True))  # the one host sync
+            sums = self._sums_that_fit()
+            found = dict(zip(candidates, sums.tolist(), strict=True))  # the one host sync
         return self._by_model(found)
+
+    def _sums_that_fit(self) -> Tensor:
+        """`_sums`, anew by smaller batches where the device has not the memory."""
+        while True:
+            try:
+                return self._sums()
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+            torch.cuda.empty_cache()
 
     def _sums(self) -> Tensor:
         """Hits and losses (candidates, splits of all models, 2), added up."""

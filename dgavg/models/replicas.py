@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Replicas(nn.Module):
         super().__init__()
         self.count = len(modules)
         self.stacked = _side_by_side(modules)
+        warnings.filterwarnings("ignore", "There is a performance drop because we have not yet")
 
     def forward(self, x: Tensor) -> Tensor:
         """(R·N, ...) of (R·N, ...)."""

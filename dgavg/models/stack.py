@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dgavg.errors import UserError, require
+from dgavg.errors import require
 from dgavg.models.model import Model
 from dgavg.models.replicas import Replicas
 
@@ -56,28 +56,6 @@ class Stack(nn.Module):
         mine, device = self.state_dict(), next(self.parameters()).device
         for r, model in enumerate(models):
             model.to(device).load_state_dict(part(mine, r), assign=True)
-
-    @torch.no_grad()
-    def try_out(self, shape: tuple[int, ...]) -> None:
-        """One pass on images of a shape (C, H, W), which leaves nothing behind.
-
-        Raises `UserError` for a model whose forward code can't be run for several models at once.
-        """
-        before = [buffer.clone() for buffer in self.buffers()]
-        device = next(self.parameters()).device
-        try:
-            self(torch.zeros(2 * self.count, *shape, device=device))
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = str(error).strip().splitlines()[0].partition(". ")[0]
-            raise UserError(
-                f"stack: the model's forward pass can't be taken for several at once ({reason}): "
-                "write stack=1"
-            ) from None
-        finally:
-            for buffer, old in zip(self.buffers(), before, strict=True):
-                buffer.copy_(old)
 
 
 def part(tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:

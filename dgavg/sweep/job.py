@@ -51,7 +51,8 @@ class Job:
         except Exception as error:
             if self.strict or ranks() > 1:  # the other processes wait for this one
                 raise
-            report.failed.append(Failed(report.overrides, self._message(error, number)))
+            text = "".join(traceback.format_exception(error))
+            report.failed.append(Failed(report.overrides, self._message(error, text, number)))
         report.ended = True
         report.write(self.folder, number)
         return report.value
@@ -71,19 +72,21 @@ class Job:
         for one in failures:
             again = one_run(report.overrides, one.fold, one.seed)
             busy = str(one.folder) if isinstance(one.error, BusyError) else None
-            report.failed.append(Failed(again, self._message(one.error, number), busy))
+            report.failed.append(
+                Failed(again, self._message(one.error, one.traceback, number), busy)
+            )
         if self.scored and not failures:
             report.value = objective(report)
 
-    def _message(self, error: Exception, number: int) -> str:
+    def _message(self, error: Exception, text: str, number: int) -> str:
         """The error in one line; the traceback of one that no user can mend stands in a file."""
         if isinstance(error, UserError):
             return str(error)
         path = self.folder / f"{number}.txt"
         with path.open("a", encoding="utf-8") as file:
-            traceback.print_exception(error, file=file)
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{text} (traceback in {path})"
+            file.write(text)
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{line} (traceback in {path})"
 
 
 def check_scored(rule: str) -> None:

@@ -93,7 +93,13 @@ def test_chains_are_compared_by_what_they_scored(train):
 def test_they_are_other_runs(train):
     for names in (None, ["ema"], ["ema", "live"]):
         _, runs = train(candidates=names)
+    train(candidates=["live", "ema", "live"])
     assert len(runs_of(runs)) == 3
+    records, _ = read_runs([runs])
+    assert {label for label in Table(records).labels.values() if "scored=" in label} == {
+        "ema_basic scored=[ema]",
+        "ema_basic scored=[ema,live]",
+    }
 
 
 @pytest.mark.parametrize("stack", [1, 2])
@@ -137,6 +143,14 @@ def test_weights_that_are_ruined_are_seen_without_live_scores(poison, train, sta
         train(poison(), candidates=["ema"], stack=stack, holdout=["d0", "d1"])
 
 
+@pytest.mark.parametrize("stack", [1, 2])
+def test_so_are_those_of_a_run_without_validation_data(poison, train, make_data, stack):
+    data = make_data([60, 60, 60])
+    settings = {"protocol__holdout_fraction": 0, "protocol__selection": "last", "stack": stack}
+    with pytest.raises(UserError, match=r"step 16: the (training loss|norm) of the live weights "):
+        train(poison(), data, holdout=["d0", "d1"], **settings)
+
+
 @pytest.mark.parametrize(
     ("wanted", "line"),
     [
@@ -145,6 +159,11 @@ def test_weights_that_are_ruined_are_seen_without_live_scores(poison, train, sta
             r"no candidate 'emo' in the chain 'ema_basic' \(candidates\); did you mean 'ema'",
         ),
         ([], r"candidates=\[\]: name at least one, or write candidates=null for all"),
+        (
+            ["ema@keep"],
+            r"candidates: 'ema@keep' is 'ema' by another batch-norm policy: write ema, and "
+            r"also_batchnorm=\[keep\]",
+        ),
         ("ema", r"candidates must be a list: write candidates=\[...\]"),
     ],
 )

@@ -8,7 +8,8 @@ splits and steps. Three tables:
 - `fold`: one leave-one-domain-out run of that CNN, whole, files and all: with one average, and with
   eight, for which DomainBed needs eight runs. An evaluation comes after as many training images as
   in DomainBed's RotatedMNIST, relative to the images scored.
-- `sweep`: an MLP on six folds and three seeds, as separate runs and stacked.
+- `sweep`: an MLP on six folds and three seeds, as separate runs and stacked; and the products,
+  norms and optimizer of such a stack alone.
 
 Rounds are interleaved; one thread, processor time, medians, and the range of all rounds.
 DomainBed's way has a process of its own, whose C library's allocator is as it comes.
@@ -35,6 +36,7 @@ from dgavg.allocator import keep_memory
 from dgavg.benchmark.leave_one_out import leave_one_domain_out
 from dgavg.data import TrainingBatches, load, make_splits
 from dgavg.models import build_model
+from dgavg.models.stack import _Products
 from dgavg.optimizers import optimizer_factory
 
 BASE = "DomainBed's way"
@@ -144,6 +146,31 @@ def their_sweep():
         for seed in range(3):
             run = DomainBedRun(dataset, "mlp", held_out, seed, MLP["rows"], MLP["lr"])
             run.train(MLP["steps"], MLP["every"])
+
+
+def bare_sweep():
+    """The arithmetic of 18 MLPs side by side in bf16, without a run around it: random images."""
+    runs, rows, width = 18, 5 * MLP["rows"], 256
+    sizes = [(width, width), (width, width), (10, width)]
+    layers = [[0.05 * torch.randn(runs, *s), torch.zeros(runs, s[0])] for s in sizes]
+    norms = [[torch.ones(runs * width), torch.zeros(runs * width)] for _ in sizes[1:]]
+    weights = [w.requires_grad_() for group in (*layers, *norms) for w in group]
+    adam = torch.optim.Adam(weights, lr=MLP["lr"], fused=True)
+    images, labels = torch.rand(1797, width), torch.randint(10, (1797,))
+    for _ in range(MLP["steps"]):
+        drawn = torch.randint(1797, (runs * rows,))
+        x = images[drawn].view(runs, rows, width)
+        with torch.autocast("cpu", torch.bfloat16):
+            for (weight, bias), norm in zip(layers, (*norms, None), strict=True):
+                x = _Products.apply(x, weight, bias)
+                if norm is not None:
+                    flat = x.transpose(0, 1).reshape(rows, -1)
+                    x = F.batch_norm(flat, None, None, *norm, training=True).relu()
+                    x = x.view(rows, runs, width).transpose(0, 1).contiguous()
+        loss = F.cross_entropy(x.float().flatten(0, 1), labels[drawn], reduction="sum") / rows
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
 
 
 def seconds(work):
@@ -256,6 +283,7 @@ def sweep(rounds):
             works[f"dgavg {precision} stack={stack}"] = ours(
                 "basic", dataset, "mlp", precision, cost, stack=stack
             )
+    works["the arithmetic of stack=18 alone, bf16"] = bare_sweep
     show("18 runs of an MLP", measured(their_sweep, works, rounds))
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from dgavg import Trainer, UserError, leave_one_domain_out, trainer
+from dgavg.benchmark.campaign import Failure, run_experiments
+from dgavg.benchmark.experiment import experiments
 from dgavg.chain import find_trainer
+from dgavg.config import compose, plain
 from dgavg.evaluation import Scorer, Split
 from dgavg.evaluation.memory import Fitting
 from dgavg.models import Model
@@ -51,34 +57,66 @@ def test_scores_are_those_of_a_large_device():
 
 def test_one_row_that_does_not_fit_and_batches_that_count_are_raised():
     with pytest.raises(torch.OutOfMemoryError):
-        Fitting(small_device(0, []))(nn.Identity(), torch.zeros(4, 2))
+        Fitting()(small_device(0, []), nn.Identity(), torch.zeros(4, 2))
     model = nn.Identity()
     model.support = 4
     with pytest.raises(torch.OutOfMemoryError):
-        Fitting(small_device(3, []))(model, torch.zeros(4, 2))
+        Fitting()(small_device(3, []), model, torch.zeros(4, 2))
 
 
-@pytest.mark.parametrize("stack", [1, 2])
-def test_training_says_what_to_lower(stack, tmp_path):
+@pytest.fixture
+def greedy():
+    """A chain whose first step takes more memory than there is."""
+
     @trainer("greedy", stackable=True)
     class Greedy(Trainer):
         def step(self, run, batch):
+            SEEN.append(weakref.ref(run))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
+        def setup(self, run):
+            ALIVE.append(sum(one() is not None for one in SEEN))
+
+    SEEN.clear()
+    ALIVE.clear()
+    return Greedy(find_trainer("basic")())
+
+
+SEEN: list[weakref.ref] = []
+ALIVE: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("stack", "precision", "words"),
+    [
+        (1, "fp32", "write precision=bf16, or lower one of protocol.batch_size below 8"),
+        (2, "bf16", "lower one of stack below 2, protocol.batch_size below 8"),
+    ],
+)
+def test_training_says_what_to_lower(greedy, stack, precision, words, tmp_path):
     with pytest.raises(UserError) as caught:
         leave_one_domain_out(
-            Greedy(find_trainer("basic")()),
+            greedy,
             seeds=[0, 1],
-            settings={"holdout": ["0"], "stack": stack, "device": "cpu"},
+            settings={"holdout": ["0"], "stack": stack, "device": "cpu", "precision": precision},
             runs=tmp_path,
             quiet=True,
         )
-    also = "stack=2, " if stack > 1 else ""
     assert str(caught.value) == (
-        "cpu has too little memory for this: write precision=bf16, or lower one of "
-        f"{also}protocol.batch_size=8, eval_batch_size=512 (the last counts where batch norm is "
-        "recalibrated)"
+        f"cpu has too little memory for this: {words}, eval_batch_size (for recalibrated batch "
+        "norm) below 512"
     )
+
+
+def test_a_failed_run_is_let_go(greedy, tmp_path):
+    settings = plain(compose(["trainer=basic", "seeds=[0]", f"runs={tmp_path}"]))
+    failures: list[Failure] = []
+    (done,) = experiments({**settings, "holdout": ["0"]})
+    run_experiments([done], quiet=True)  # or the first failure ends it all
+    more = replace(done, trainer=greedy, folds=(("0",), ("15",), ("30",), ("45",)))
+    run_experiments([more], quiet=True, failures=failures)
+    assert [one.fold for one in failures] == [("15",), ("30",), ("45",)]
+    assert ALIVE == [0, 0, 0]
 
 
 @no_gpu
@@ -91,9 +129,9 @@ def test_a_full_gpu_scores_in_parts():
     total = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
     try:
-        fitting = Fitting(lambda model, x: model(x))
+        fitting = Fitting()
         with torch.inference_mode():
-            found = fitting(model, images)
+            found = fitting(lambda model, x: model(x), model, images)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert fitting.most is not None

@@ -96,6 +96,31 @@ def test_scores_and_weights_are_those_of_each_model(dataset, batch_size, every):
                 torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-5)
 
 
+def test_batches_that_do_not_fit_are_scored_in_smaller_ones(dataset):
+    models = [trained_a_little(dataset, seed) for seed in (0, 1, 2)]
+    stacked, _ = both(dataset, models, 16, every=False)
+    whole = stacked.score({"live": Candidate(stacked.model.state_dict())})
+    small, _ = both(dataset, models, 16, every=False)
+    rows = []
+
+    def forward(twin, x):
+        rows.append(len(x))
+        if len(x) > 3 * 5:
+            raise torch.OutOfMemoryError("no room")
+        return twin(x)
+
+    small.forward = forward
+    found = small.score({"live": Candidate(stacked.model.state_dict())})
+    assert max(rows[2:]) == 3 * 4
+    for mine, expected in zip(found, whole, strict=True):
+        for split, score in expected["live"].items():
+            assert mine["live"][split].accuracy == score.accuracy
+            assert mine["live"][split].loss == pytest.approx(score.loss, rel=1e-5)
+    small.forward = lambda twin, x: forward(twin, torch.cat([x] * 16))
+    with pytest.raises(torch.OutOfMemoryError):
+        small.score({"live": Candidate(stacked.model.state_dict())})
+
+
 def candidates(live, other):
     return {
         "live": Candidate(live.state_dict()),

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from dgavg import UserError
 from dgavg.models import Model, build_model
@@ -171,16 +170,6 @@ def test_what_is_lent_is_the_stack_itself():
     assert each[1].classifier.weight.equal(stack.classifier.stacked.weight[1])
 
 
-class Drawing(nn.Module):
-    def forward(self, x):
-        return x.flatten(1) + torch.rand_like(x.flatten(1))
-
-
-class Choosing(nn.Module):
-    def forward(self, x):
-        return x.flatten(1) if x.mean() > 0.5 else -x.flatten(1)
-
-
 def shared():
     layer = nn.Conv2d(3, 3, 1)
     return Model(nn.Sequential(layer, nn.ReLU(), layer, nn.Flatten()), nn.Linear(192, 5))
@@ -224,48 +213,6 @@ def test_a_network_that_a_stack_would_change_is_refused(build, message):
     with pytest.raises(UserError, match=f"stack: .*{message}.*write stack=1") as found:
         Stack([build(), build()])
     assert "\n" not in str(found.value)
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (lambda: headed(Drawing()), "random operation"),
-        (lambda: headed(Choosing()), "data-dependent control flow"),
-        (lambda: headed(nn.Sequential(StochasticDepth(0.2, "row"), nn.Flatten())), "random"),
-        (
-            lambda: headed(nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.Flatten())),
-            r"item\(\)",
-        ),
-    ],
-)
-def test_forward_code_that_can_not_be_run_for_several_is_refused(build, reason):
-    stack = Stack([build(), build()])
-    with pytest.raises(
-        UserError, match=f"can't be taken for several.*{reason}.*write stack=1"
-    ) as e:
-        stack.try_out(SHAPE)
-    assert "\n" not in str(e.value)
-
-
-def test_to_try_a_stack_out_leaves_nothing_behind():
-    stack = Stack(models(BUILDERS["cnn with batch norm"]))
-    before = {k: v.clone() for k, v in stack.state_dict().items()}
-    state = torch.get_rng_state()
-    stack.try_out(SHAPE)
-    assert all(v.equal(before[k]) for k, v in stack.state_dict().items())
-    assert torch.get_rng_state().equal(state)
-    assert all(p.grad is None for p in stack.parameters())
-
-
-def test_memory_that_runs_out_is_no_mistake_of_the_user(monkeypatch):
-    stack = Stack(models(cnn, 2))
-
-    def full(x):
-        raise torch.OutOfMemoryError("none left")
-
-    monkeypatch.setattr(stack.featurizer, "forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        stack.try_out(SHAPE)
 
 
 def test_a_layer_of_no_model_is_run_as_it_is():
