@@ -28,6 +28,7 @@ class Replicas(nn.Module):
         super().__init__()
         self.count = len(modules)
         self.stacked = _side_by_side(modules)
+        # what vmap takes model by model is slower, not wrong, and no user's to mend
         warnings.filterwarnings("ignore", "There is a performance drop because we have not yet")
 
     def forward(self, x: Tensor) -> Tensor:
