@@ -24,11 +24,17 @@ class NoBatches:
     names, classes, epoch_length = ("a", "b"), 5, 1
 
 
-def tried(build, precision="fp32", count=3):
-    """The run of a stack of models, after its trial."""
+def stacked(build, precision="fp32", count=3):
+    """The run of a stack of models, and those."""
     torch.manual_seed(0)
     models = [build() for _ in range(count)]
-    run = StackedRun("basic", Stack(models).train(), NoBatches(), steps=1, precision=precision)
+    stack = Stack(models).train()
+    return StackedRun("basic", stack, NoBatches(), steps=1, precision=precision), models
+
+
+def tried(build, precision="fp32", count=3):
+    """The run of a stack, after its trial."""
+    run, models = stacked(build, precision, count)
     try_out(run, models, SHAPE)
     return run
 
@@ -63,6 +69,16 @@ class Scaled(Layer):
         return self.features(x) * self.scale
 
 
+class ScaledInTraining(Layer):
+    def forward(self, x):
+        return self.features(x) * (self.scale if self.training else 1)
+
+
+class ScaledInScoring(Layer):
+    def forward(self, x):
+        return self.features(x) * (1 if self.training else self.scale)
+
+
 class Shared(Layer):
     def forward(self, x):
         return self.features(x) * self.share
@@ -79,6 +95,37 @@ class Replaced(Layer):
         if self.training:
             self.mean = 0.5 * self.mean + 0.5 * found.detach().mean(0)
         return found
+
+
+class Idle(Layer):
+    """Draws what it does not use."""
+
+    def forward(self, x):
+        random.random()
+        return self.features(x)
+
+
+class Slope(torch.autograd.Function):
+    """The identity, whose backward pass looks at a number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope if slope.sum().item() > 0 else -slope
+
+
+class Looking(Layer):
+    def forward(self, x):
+        return Slope.apply(self.features(x))
 
 
 class Written(Layer):
@@ -111,6 +158,7 @@ def headed(*layers):
         ([Choosing], "fp32", "data-dependent control flow"),
         ([lambda: StochasticDepth(0.2, "row"), Layer], "fp32", "random"),
         ([lambda: nn.BatchNorm2d(3, momentum=None), Written], "fp32", "item()"),
+        ([Looking], "fp32", "item()"),
         ([Smooth], "bf16", "prelu: Type promoting not supported"),
     ],
 )
@@ -123,7 +171,9 @@ def test_forward_code_that_can_not_be_run_for_several_is_refused(layers, precisi
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("layer", [Scaled, Shared, Thrown, Replaced])
+@pytest.mark.parametrize(
+    "layer", [Scaled, ScaledInTraining, ScaledInScoring, Shared, Thrown, Replaced]
+)
 def test_what_is_not_the_same_for_several_is_refused(layer):
     with pytest.raises(UserError, match=r"not do the same for several at once as alone: .*stack=1"):
         tried(headed(layer))
@@ -140,6 +190,13 @@ def test_a_trial_leaves_nothing_behind(precision):
     assert all(p.grad is None for p in stack.parameters())
     assert stack.training
     torch.set_rng_state(state)
+
+
+def test_a_trial_draws_no_number_of_the_run():
+    run, models = stacked(headed(Idle))
+    before = random.getstate()
+    try_out(run, models, SHAPE)
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet18", "resnet50"])

@@ -7,13 +7,8 @@ from typing import Any
 
 from dgavg.benchmark.results import searched
 
-OPTIONAL = (
-    "init_seed",
-    "scoring",
-    "scored",
-    "compile",
-    "stack",
-)  # said where they are not as usual
+# said where they are not as usual
+OPTIONAL = ("init_seed", "scoring", "scored", "compile", "stack")
 PARTS = ("trainer", "model", "optimizer", "stopping", "precision", "device", *OPTIONAL)
 
 
