@@ -33,9 +33,9 @@ def check_choices(settings: Mapping[str, Any], protocol: Mapping[str, Any]) -> N
         shown = ", ".join("null" if c is None else c for c in choices)
         require(value in choices, f"{name}={value}: choose one of {shown}")
     require(
-        settings["evaluate"] != "picked" or protocol["selection"] == "validation",
-        f"evaluate=picked goes by validation, but protocol.selection={protocol['selection']}: "
-        "write evaluate=selection",
+        settings["evaluate"] != "picked" or protocol["selection"] in ("validation", "last"),
+        f"evaluate=picked goes by validation or takes the last checkpoint, but protocol.selection="
+        f"{protocol['selection']}: write evaluate=selection",
     )
     for policy in settings["also_batchnorm"]:
         if policy not in ALSO:
@@ -71,18 +71,31 @@ def check_candidates(trainer: Trainer, wanted: Sequence[str], where: str) -> Non
             raise unknown("candidate", name, known, f"the chain {spec_of(trainer)!r} ({where})")
 
 
-def to_score(trainer: Trainer, stopping: Stopping, wanted: list[str] | None) -> set[str] | None:
-    """The candidates to score: those `wanted`, and those that decide anything; all if `None`.
+def deciding(trainer: Trainer, stopping: Stopping) -> set[str]:
+    """The candidates by whose validation scores links or early stopping decide.
 
     Raises `UserError` for a name that no candidate of the chain will have.
     """
-    deciding = [stopping.candidate] if stopping.candidate is not None else []
-    check_candidates(trainer, deciding, "stopping.candidate")
-    if wanted is None:
-        return None
-    require(bool(wanted), "candidates=[]: name at least one, or write candidates=null for all")
-    check_candidates(trainer, wanted, "candidates")
-    return {*wanted, *deciding, *(name for link in trainer for name in link.decides_by())}
+    watched = [stopping.candidate] if stopping.candidate is not None else []
+    check_candidates(trainer, watched, "stopping.candidate")
+    return {*watched, *(name for link in trainer for name in link.decides_by())}
+
+
+def check_scored(trainer: Trainer, wanted: Sequence[str] | None) -> None:
+    """Raise `UserError` for candidates to score that the chain will not have, or none."""
+    require(wanted != [], "candidates=[]: name at least one, or write candidates=null for all")
+    check_candidates(trainer, wanted or (), "candidates")
+
+
+def check_last(trainer: Trainer, stopping: Stopping) -> None:
+    """Refuse what may end a run early where candidates are scored after the last step alone."""
+    early = ["stopping.candidate"] if stopping.candidate is not None else []
+    early += [link.name for link in trainer if link.name == "autolr" and link.decides_by()]
+    require(
+        not early,
+        "evaluate=picked protocol.selection=last scores after the last step alone, but "
+        f"{' and '.join(early)} may end a run before: write evaluate=selection",
+    )
 
 
 def check_stack(trainer: Trainer, settings: Mapping[str, Any]) -> None:

@@ -18,11 +18,13 @@ from dgavg.benchmark import search
 from dgavg.benchmark.checks import (
     check_choices,
     check_functions,
+    check_last,
+    check_scored,
     check_stack,
     check_without_validation,
+    deciding,
     find_compile,
     find_device,
-    to_score,
 )
 from dgavg.chain import chain, check, settings_of, spec_of
 from dgavg.config.protocols import changed
@@ -68,6 +70,7 @@ class Experiment:
     clip: float | None
     evaluate: str
     candidates: Set[str] | None
+    deciding: Set[str]
     eval_batch_size: int
     also_batchnorm: tuple[str, ...]
     threads: int | None
@@ -155,7 +158,10 @@ def build(
     check_functions(trainer)
     protocol, stopping = dict(settings["protocol"]), Stopping(**settings["stopping"])
     check_choices(settings, protocol)
-    scored = to_score(trainer, stopping, settings["candidates"])
+    decisive = deciding(trainer, stopping)
+    check_scored(trainer, settings["candidates"])
+    if settings["evaluate"] == "picked" and protocol["selection"] == "last":
+        check_last(trainer, stopping)
     if settings["stack"] > 1:
         check_stack(trainer, settings)
     if protocol["holdout_fraction"] == 0:
@@ -227,7 +233,8 @@ def build(
         compile=compile_mode,
         clip=clip,
         evaluate=settings["evaluate"],
-        candidates=scored,
+        candidates=decisive.union(settings["candidates"]) if settings["candidates"] else None,
+        deciding=decisive,
         eval_batch_size=settings["eval_batch_size"],
         also_batchnorm=tuple(settings["also_batchnorm"]),
         threads=settings["threads"],

@@ -160,7 +160,7 @@ def scored_by(experiment: Experiment) -> Callable[[nn.Module, Tensor], Tensor]:
 def candidates_of(run: Run, experiment: Experiment) -> dict[str, Candidate]:
     """What is scored, each average followed by itself under the other batch-norm policies."""
     found = {}
-    wanted = experiment.candidates
+    wanted = experiment.deciding if scores_last(experiment, run) else experiment.candidates
     for name, candidate in run.candidates().items():
         if candidate.probe or wanted is None or name in wanted:
             found[name] = candidate
@@ -169,6 +169,12 @@ def candidates_of(run: Run, experiment: Experiment) -> dict[str, Candidate]:
                 if policy != candidate.batchnorm:
                     found[f"{name}@{policy}"] = replace(candidate, batchnorm=policy)
     return found
+
+
+def scores_last(experiment: Experiment, run: Run) -> bool:
+    """Whether the rule reads nothing of what stands now, but only what a run ends with."""
+    last = experiment.evaluate == "picked" and experiment.protocol["selection"] == "last"
+    return last and run.t < run.steps
 
 
 def norm_of(weights: Weights) -> float:

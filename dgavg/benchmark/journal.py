@@ -82,9 +82,14 @@ class Journal:
         self.records = [json.loads(line) for line in self.lines]
 
     def picks(self, scores: Mapping[str, Mapping[str, SplitScore]]) -> list[str]:
-        """The candidates of which selection would pick these scores over all so far."""
-        record = {**self.left_out, "candidates": _as_record(scores)}
+        """The candidates of which selection would pick these scores over all so far.
+
+        By `last` none, before the run has ended.
+        """
         rule = self.settings["protocol"]["selection"]
+        if rule == "last":
+            return []
+        record = {**self.left_out, "candidates": _as_record(scores)}
         last = len(self.records)
         return [k for k in scores if selected_step([*self.records, record], k, rule) == last]
 

@@ -116,6 +116,6 @@ def test_the_page_shows_what_there_is(both, tmp_path):
 
 
 def test_other_rules_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"evaluate=picked goes by validation, but .*=last: write"):
-        train(tmp_path / "r", "picked", **{"protocol.selection": "last"})
+    with pytest.raises(UserError, match=r"picked goes by validation or .*=oracle_best: write ev"):
+        train(tmp_path / "r", "picked", **{"protocol.selection": "oracle_best"})
     assert not (tmp_path / "r").exists()
