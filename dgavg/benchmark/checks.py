@@ -93,7 +93,7 @@ def check_last(trainer: Trainer, stopping: Stopping) -> None:
     early += [link.name for link in trainer if link.name == "autolr" and link.decides_by()]
     require(
         not early,
-        "evaluate=picked protocol.selection=last scores after the last step alone, but "
+        "evaluate=picked protocol.selection=last scores what a run ends with alone, but "
         f"{' and '.join(early)} may end a run before: write evaluate=selection",
     )
 

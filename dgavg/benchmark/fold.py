@@ -174,7 +174,8 @@ def candidates_of(run: Run, experiment: Experiment) -> dict[str, Candidate]:
 def scores_last(experiment: Experiment, run: Run) -> bool:
     """Whether the rule reads nothing of what stands now, but only what a run ends with."""
     last = experiment.evaluate == "picked" and experiment.protocol["selection"] == "last"
-    return last and run.t < run.steps
+    ended = run.t == run.steps and (run.closed or not run.taps["after_fit"])
+    return last and not ended
 
 
 def norm_of(weights: Weights) -> float:
@@ -327,11 +328,12 @@ class _Fold:
         if not candidates:  # those asked for begin later
             self._check_finite((), {})
             return {}
-        # what `after_fit` leaves as it is need not be scored twice
-        again = run.t == run.steps and bool(run.taps["after_fit"]) and not run.closed
         # of what is not picked nobody reads how it did on the held-out domain
         sparing = self.experiment.evaluate == "picked" and run.t < run.steps
+        sparing |= scores_last(self.experiment, run)
         tested = self.journal.picks if sparing else None
+        # what `after_fit` leaves as it is need not be scored twice
+        again = run.t == run.steps and bool(run.taps["after_fit"]) and not (run.closed or sparing)
         scores = self.scorer.score(candidates, keep=again, tested=tested)
         moment = Moment.of(run, run.losses.read(), self.clock.read())
         validation = {}
