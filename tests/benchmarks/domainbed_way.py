@@ -263,9 +263,10 @@ def fold(rounds):
             label = " ".join([name, *(f"{k}={v}" for k, v in way.items())])
             works[label] = ours(ONE, dataset, "cnn", precision, cost, **more, **way)
             eight[label] = ours(EIGHT, dataset, "cnn", precision, cost, **more, **late, **way)
-        way = {"evaluate": "picked", "protocol.selection": "last"}
-        label = " ".join([name, *(f"{k}={v}" for k, v in way.items())])
-        eight[label] = ours(EIGHT, dataset, "cnn", precision, cost, **more, **late, **way)
+        for way in ways[1:]:  # of averages the end is what counts
+            at_end = {**way, "protocol.selection": "last"}
+            label = " ".join([name, *(f"{k}={v}" for k, v in at_end.items())])
+            eight[label] = ours(EIGHT, dataset, "cnn", precision, cost, **more, **late, **at_end)
         for way in ways[1:]:  # as DomainBed's way, one set of weights
             label = " ".join([name, *(f"{k}={v}" for k, v in way.items()), "candidates=[ema]"])
             alone = {**more, **way, "candidates": ["ema"]}
