@@ -255,6 +255,10 @@ class Trainer:
         reads = type(self).after_eval is not Trainer.after_eval
         return ["live", *self.candidate_names()] if reads else []
 
+    def may_end(self) -> bool:
+        """Whether this link may end a run before its last step."""
+        return False
+
     def candidate_names(self) -> list[str]:
         """The names that `candidates` gives while training, known before it begins."""
         return [self.name] if type(self).candidates is not Trainer.candidates else []

@@ -88,9 +88,9 @@ def check_scored(trainer: Trainer, wanted: Sequence[str] | None) -> None:
 
 
 def check_last(trainer: Trainer, stopping: Stopping) -> None:
-    """Refuse what may end a run early where candidates are scored after the last step alone."""
+    """Refuse what may end a run early where candidates are scored at its end alone."""
     early = ["stopping.candidate"] if stopping.candidate is not None else []
-    early += [link.name for link in trainer if link.name == "autolr" and link.decides_by()]
+    early += [link.name for link in trainer if link.may_end()]
     require(
         not early,
         "evaluate=picked protocol.selection=last scores what a run ends with alone, but "

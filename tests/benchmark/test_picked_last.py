@@ -59,5 +59,9 @@ def test_what_may_end_a_run_early_is_refused(train, tmp_path):
         train(evaluate="picked", stopping__candidate="live", **LAST)
     with pytest.raises(UserError, match=r"but autolr may end a run before: write evaluate=select"):
         train("autolr_basic", evaluate="picked", **LAST)
+    with pytest.raises(UserError, match=r"but autolr may end a run before"):
+        train("autolr_basic", evaluate="picked", trainer__autolr__drops=[5, 9, 12], **LAST)
+    with pytest.raises(UserError, match=r"but swad may end a run before"):
+        train("swad_basic", evaluate="picked", trainer__swad__stop=True, **LAST)
     assert not (tmp_path / "runs").exists()
     train("autolr_basic", evaluate="picked", trainer__autolr__drops=[30], steps=40, **LAST)

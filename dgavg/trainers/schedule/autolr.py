@@ -89,6 +89,10 @@ class AutoLR(Trainer):
         """What it watches, if it does."""
         return [self.candidate] if self.drops is None else []
 
+    def may_end(self) -> bool:
+        """Where there may be as many drops as `limit`."""
+        return self.limit > 0 and (self.drops is None or len(self.drops) >= self.limit)
+
     def lr(self, run: Run) -> float:
         """The inner learning rate, dropped as often as was decided."""
         return float(self.inner.lr(run) * self.factor ** self._count(run.t))

@@ -93,6 +93,10 @@ class SWAD(Trainer):
         """Take in the iterate."""
         self.average.update(run.live)
 
+    def may_end(self) -> bool:
+        """Where it stops at the end of the valley."""
+        return self.stop
+
     def after_eval(self, run: Run, scores: Scores) -> None:
         """Read the loss of the live weights."""
         self.average.evaluated(run.live, scores["live"]["loss"])
